@@ -1,0 +1,15 @@
+"""The layers. Adding one is a file here, a line in this table, and a test of its equation in `tests/layers/`."""
+
+from hybrid_lm.registry import Registry
+
+LAYERS = Registry(
+    "layer",
+    {
+        "attention": "hybrid_lm.layers.attention:Attention",
+        "mamba": "hybrid_lm.layers.mamba:Mamba",
+        "mamba2": "hybrid_lm.layers.mamba2:Mamba2",
+        "mlp": "hybrid_lm.layers.mlp:MLP",
+        "short_conv": "hybrid_lm.layers.short_conv:ShortConv",
+        "inject": "hybrid_lm.layers.inject:Inject",
+    },
+)
