@@ -1,0 +1,196 @@
+"""Causal softmax attention with grouped heads, documents, a window, ALiBi and a logit softcap.
+
+Attention: Vaswani et al. 2017, arXiv:1706.03762. Grouped heads: Ainslie et al. 2023, arXiv:2305.13245. ALiBi: Press et al.
+2021, arXiv:2108.12409. Softcap: Gemma 2, arXiv:2408.00118.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hybrid_lm.ops.backend import define
+
+# Queries that share one exact mask: memory is BLOCK * keys per head, whatever the length.
+BLOCK = 256
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    q_docs: Tensor | None = None,
+    k_docs: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + bias, over the keys that a query may see) v.
+
+    q             (b t h p)
+    k, v          (b s m p), (b s m pv); s >= t, h a multiple of m: h / m consecutive query heads share a key head.
+                  The last query stands at the last key: query i has the index s - t + i among the keys.
+    scale         of the dot products; p ** -0.5 where it is None
+    window        tokens that a query sees, itself included; None for all
+    softcap       c: the scaled scores become c * tanh(score / c), before bias and mask
+    alibi_slopes  (h) float: adds -slope * (distance back to the key, in keys)
+    q_docs        (b t) int, k_docs (b s) int, both or neither: a query sees only keys of its own document. Padding is
+                  document 0 and sees only padding, so that its output is finite.
+    dropout_p     probability that a weight is dropped
+    Returns (b t h pv) in q's dtype.
+    """
+    assert (q_docs is None) == (k_docs is None), "documents are given for queries and keys, or for neither"
+    run = _attention(backend, q)
+    return run(
+        q, k, v,
+        scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, q_docs=q_docs, k_docs=k_docs, dropout_p=dropout_p,
+    )  # fmt: skip
+
+
+def alibi_slopes(n_heads: int) -> Tensor:
+    """The slopes (n_heads) of ALiBi: 2^(-8 i / n), i = 1..n, for a power of two; else those of the next lower power of
+    two, followed by every second one of twice that number (the authors' code, and MPT)."""
+    power = 1 << (n_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    between = [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)]
+    return torch.tensor(slopes + between[: n_heads - power], dtype=torch.float32)
+
+
+def _attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    q_docs: Tensor | None = None,
+    k_docs: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = (m.to(wide) for m in (q, k, v))
+    t, s = q.shape[1], k.shape[1]
+    # 1. every query head gets its key head
+    k, v = (m.repeat_interleave(q.shape[2] // m.shape[2], dim=2) for m in (k, v))
+    # 2. scores, soft-capped
+    scores = torch.einsum("bthp,bshp->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    # 3. distances back from query to key: negative is the future
+    distance = torch.arange(s - t, s, device=q.device)[:, None] - torch.arange(s, device=q.device)  # (t s)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(wide)[:, None, None] * distance
+    # 4. who sees whom
+    visible = distance >= 0
+    visible = visible if window is None else visible & (distance < window)
+    if q_docs is not None and k_docs is not None:
+        visible = visible & (q_docs[:, :, None] == k_docs[:, None, :])[:, None]
+    # 5. weights and their average of the values
+    weights = scores.masked_fill(~visible, torch.finfo(wide).min).softmax(-1)
+    weights = F.dropout(weights, dropout_p)
+    return torch.einsum("bhts,bshp->bthp", weights, v).to(dtype)
+
+
+def _attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    q_docs: Tensor | None = None,
+    k_docs: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    t, s = q.shape[1], k.shape[1]
+    window = None if window is None or window >= s else window
+    if window is not None and t == 1 and k_docs is not None:
+        k_docs = k_docs[:, s - window :]
+    if window is not None and t == 1:
+        k, v, s, window = k[:, s - window :], v[:, s - window :], window, None
+    q, k, v = (m.transpose(1, 2) for m in (q, k, v))  # (b h t p)
+    plain = window is None and softcap is None and alibi_slopes is None and q_docs is None
+    if plain and t in (1, s) and dropout_p == 0.0:
+        return _sdpa(q, k, v, scale, is_causal=t > 1).transpose(1, 2)
+    blocks = []
+    for start in range(0, t, BLOCK):
+        stop = min(start + BLOCK, t)
+        # the keys that this block of queries can see
+        first = 0 if window is None else max(s - t + start - window + 1, 0)
+        last = s - t + stop
+        arguments = (
+            q[:, :, start:stop],
+            k[:, :, first:last],
+            v[:, :, first:last],
+            None if q_docs is None else q_docs[:, start:stop],
+            None if k_docs is None else k_docs[:, first:last],
+            alibi_slopes,
+            scale,
+            window,
+            softcap,
+            dropout_p,
+        )
+        # Several blocks: the backward pass makes masks and scores again instead of keeping t * s of them.
+        again = t > BLOCK and torch.is_grad_enabled() and any(m.requires_grad for m in (q, k, v))
+        blocks.append(checkpoint(_block, *arguments, use_reentrant=False) if again else _block(*arguments))
+    return torch.cat(blocks, 2).transpose(1, 2)
+
+
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_docs: Tensor | None,
+    k_docs: Tensor | None,
+    slopes: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """Attention of a block of queries (b h t p) to keys (b m s p) that end where the queries end, by an exact mask."""
+    t, s = q.shape[2], k.shape[2]
+    distance = torch.arange(s - t, s, device=q.device)[:, None] - torch.arange(s, device=q.device)
+    visible = distance >= 0
+    visible = visible if window is None else visible & (distance < window)
+    if q_docs is not None and k_docs is not None:
+        visible = visible & (q_docs[:, :, None] == k_docs[:, None, :])[:, None]  # (b 1 t s)
+    bias = None if slopes is None else -slopes.to(q.dtype)[:, None, None] * distance.to(q.dtype)  # (h t s)
+    if softcap is None:
+        mask = visible if bias is None else bias.masked_fill(~visible, -math.inf)
+        return _sdpa(q, k, v, scale, mask=mask, dropout_p=dropout_p)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k, v = (m.repeat_interleave(q.shape[1] // m.shape[1], dim=1) for m in (k, v))
+    scores = (q @ k.transpose(-1, -2)).to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * (scores / softcap).tanh()
+    scores = scores if bias is None else scores + bias
+    weights = scores.masked_fill(~visible, torch.finfo(wide).min).softmax(-1)
+    return F.dropout(weights, dropout_p).to(v.dtype) @ v
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=shared
+    )
+
+
+_attention = define("attention", reference=_attention_reference, torch=_attention_torch)

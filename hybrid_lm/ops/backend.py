@@ -1,0 +1,158 @@
+"""Which implementation of an op runs: decided once, said aloud, never changed in the middle of a run.
+
+An op has one signature and several backends. `reference` (the numbered steps) and `torch` (fast, chunked) always exist;
+a kernel joins with one `register` call that brings a function and an availability check:
+
+    register("ssd", "mamba_ssm", run=ssd_mamba_ssm, why_not=lambda device: None if device == "cuda" else "CUDA only")
+
+Nothing here falls back: a backend that is asked for and cannot run is a ValueError that says why and what would work.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Best first; `auto` takes the first one that can run.
+BACKENDS = ("native", "mamba_ssm", "fla", "torch", "reference")
+_HOW_TO_GET = {
+    "native": "build the kernels with `hybrid-lm build-native`",
+    "mamba_ssm": "install the CUDA kernels with `pip install hybrid-lm[cuda]`",
+    "fla": "install the CUDA kernels with `pip install hybrid-lm[cuda]`",
+}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one op. `why_not(device_type)` is None where it can run, else the reason in words."""
+
+    run: Callable[..., Any]
+    why_not: Callable[[str], str | None]
+
+
+class Row(NamedTuple):
+    """One line of `report`."""
+
+    op: str
+    backend: str
+    chosen: bool
+    why_not: str | None
+
+
+_OPS: dict[str, dict[str, Implementation]] = {}
+
+
+def _everywhere(device: str) -> str | None:
+    return None
+
+
+def register(
+    op: str, backend: str, *, run: Callable[..., Any], why_not: Callable[[str], str | None] = _everywhere
+) -> None:
+    """Add one backend to an op. A signature that differs from the op's reference is a TypeError naming both."""
+    assert backend in BACKENDS, backend
+    table = _OPS.setdefault(op, {})
+    if "reference" in table:
+        first = table["reference"].run
+        if _shape_of(first) != _shape_of(run):
+            raise TypeError(
+                f"{op}: the backends drifted apart:\n  {first.__qualname__}{_shape_of(first)}\n"
+                f"  {run.__qualname__}{_shape_of(run)}\ngive both the same parameters, kinds and defaults"
+            )
+    table[backend] = Implementation(run, why_not)
+
+
+def _shape_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature without annotations: names, kinds and defaults are what a caller depends on."""
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+
+
+def define(
+    op: str,
+    *,
+    reference: Callable[..., Any],
+    torch: Callable[..., Any],
+    native: Callable[..., Any] | None = None,
+) -> Callable[[str | None, Tensor], Callable[..., Any]]:
+    """Enter an op in the table.
+
+    Returns `pick(backend, tensor)`, which the public function calls to get the implementation; `backend=None` means
+    the best available one for the tensor's device.
+    """
+    register(op, "reference", run=reference)
+    register(op, "torch", run=torch)
+    if native is not None:
+        register(op, "native", run=native)
+
+    def pick(backend: str | None, tensor: Tensor) -> Callable[..., Any]:
+        device = tensor.device.type
+        if backend is None:
+            return _OPS[op][default_backend(op, device)].run
+        reason = _why_not(op, backend, device)
+        if reason is not None:
+            raise ValueError(f"{op}: backend {backend!r} cannot run on {device}: {reason}")
+        return _OPS[op][backend].run
+
+    return pick
+
+
+# The answer depends on what is installed, not on tensors: a compiled graph takes it as a constant.
+@torch.compiler.assume_constant_result
+def default_backend(op: str, device: str) -> str:
+    """The backend that `auto` means for this op on this device type."""
+    return next(b for b in BACKENDS if b in _OPS[op] and _OPS[op][b].why_not(device) is None)
+
+
+@torch.compiler.assume_constant_result
+def _why_not(op: str, backend: str, device: str) -> str | None:
+    if backend not in BACKENDS:
+        near = difflib.get_close_matches(backend, BACKENDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"there is no such backend{hint} The known ones: {', '.join(('auto', *BACKENDS))}"
+    if backend not in _OPS[op]:
+        return f"this version has no {backend} kernel for it; it has: {', '.join(_OPS[op])}"
+    reason = _OPS[op][backend].why_not(device)
+    if reason is not None and backend in _HOW_TO_GET:
+        return f"{reason}; {_HOW_TO_GET[backend]}, or ask for 'torch'"
+    return reason
+
+
+def select(requested: str | Mapping[str, str] = "auto", device: str = "cpu") -> dict[str, str]:
+    """Choose a backend for every op, once, when a model is built.
+
+    requested  one name for all ops, or {op: name} (ops that are not listed are `auto`)
+    device     a device type: "cpu", "cuda", "mps"
+    Returns {op: backend}. Raises ValueError for an unknown op, an unknown backend, and a backend that cannot run here.
+    """
+    wanted = (
+        {op: requested for op in _OPS}
+        if isinstance(requested, str)
+        else {op: "auto" for op in _OPS} | dict(requested)
+    )
+    problems = []
+    for op, backend in wanted.items():
+        if op not in _OPS:
+            near = difflib.get_close_matches(op, _OPS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            problems.append(f"{op}: there is no such op; {hint}The ops: {', '.join(sorted(_OPS))}")
+        elif backend != "auto" and (reason := _why_not(op, backend, device)) is not None:
+            problems.append(f"{op}: backend {backend!r} cannot run on {device}: {reason}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {op: default_backend(op, device) if b == "auto" else b for op, b in wanted.items()}
+
+
+def report(device: str = "cpu", chosen: Mapping[str, str] | None = None) -> list[Row]:
+    """Every (op, backend) pair, which one is chosen on this device (`chosen`: select's answer), and why not the others."""
+    chosen = select("auto", device) if chosen is None else chosen
+    return [
+        Row(op, backend, backend == chosen[op], implementation.why_not(device))
+        for op, table in sorted(_OPS.items())
+        for backend, implementation in table.items()
+    ]
