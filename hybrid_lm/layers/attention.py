@@ -1,0 +1,235 @@
+"""Softmax attention: full, grouped or single keys, windows, positions, norms and caps, all as options of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hybrid_lm.config.base import Config, Positive
+from hybrid_lm.layers.base import Context, Layer, LayerOptions, State
+from hybrid_lm.layers.parts import Linear, RMSNorm
+from hybrid_lm.ops import alibi_slopes, apply_rope, attention, rope_table
+
+SLACK = 64
+"""Tokens that a windowed memory has room for beyond its window, so that it is moved once in 64 steps and not in each."""
+
+
+@dataclass
+class KVState(State):
+    """Keys and values of the tokens that can still be seen: k, v (b s h p), and their documents (b s) if there are any.
+
+    The tensors may be longer than `length`: the rest is room to grow.
+    """
+
+    k: Tensor
+    v: Tensor
+    docs: Tensor | None
+    length: int
+    window: int
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        return {name: x[:, : self.length] for name, x in super().tensors(prefix).items()}
+
+    def map(self, fn, prefix: str = "") -> KVState:
+        def used(name: str, x: Tensor | None) -> Tensor | None:
+            return fn(name, None if x is None else x[:, : self.length])
+
+        return super().map(used, prefix)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.docs) if x is not None)
+
+    def append(self, k: Tensor, v: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Remembers t more tokens and returns all that they may look at, oldest first."""
+        if self.docs is None and docs is not None:
+            # What came without documents was document 1 all along.
+            self.docs = torch.ones(self.k.shape[:2], dtype=docs.dtype, device=docs.device)
+        old, new = (self.k, self.v, self.docs), (k, v, docs)
+        t, keep = k.shape[1], self.window - 1 if self.window else self.length
+        if torch.is_grad_enabled() and (k.requires_grad or self.k.requires_grad):
+            # Writing in place would change what the graph of earlier tokens has saved.
+            seen = [None if x is None else torch.cat([a[:, : self.length], x], 1) for a, x in zip(old, new, strict=True)]
+            self.k, self.v, self.docs = (
+                x if x is None or not self.window else x[:, max(0, x.shape[1] - keep) :] for x in seen
+            )
+            self.length = self.k.shape[1]
+            return seen[0], seen[1], seen[2]
+        keep = min(keep, self.length)
+        if self.window and t > SLACK:
+            # A long stretch is looked at where it is; only what the next token can see is copied.
+            seen = [
+                None if x is None else torch.cat([a[:, self.length - keep : self.length], x], 1)
+                for a, x in zip(old, new, strict=True)
+            ]
+            rest = min(self.window - 1, keep + t)
+            self.k, self.v, self.docs = (None if x is None else _room(x[:, x.shape[1] - rest :], SLACK) for x in seen)
+            self.length = rest
+            return seen[0], seen[1], seen[2]
+        if self.length + t > self.k.shape[1]:
+            room = SLACK if self.window else max(t, self.length)
+            self.k, self.v, self.docs = (
+                None if a is None else _room(a[:, self.length - keep : self.length], room) for a in old
+            )
+            self.length = keep
+        end = self.length + t
+        for buffer, x in zip((self.k, self.v, self.docs), new, strict=True):
+            if buffer is not None:
+                buffer[:, self.length : end] = x
+        self.length = end
+        return self.k[:, :end], self.v[:, :end], None if self.docs is None else self.docs[:, :end]
+
+
+def _room(x: Tensor, more: int) -> Tensor:
+    """A copy of x (b s ...) with room for `more` tokens behind it."""
+    grown = x.new_zeros(x.shape[0], x.shape[1] + more, *x.shape[2:])
+    grown[:, : x.shape[1]] = x
+    return grown
+
+
+class RopeOptions(Config):
+    """Rotary positions. Su et al. 2021, arXiv:2104.09864."""
+
+    theta: Annotated[float, Field(gt=0.0)] = 10000.0
+    """Base of the wavelengths."""
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Part of each head that is rotated."""
+    interleaved: bool = False
+    """Rotate neighbouring pairs (GPT-J) instead of the two halves (NeoX)."""
+    scaling: dict[str, Any] | None = None
+    """Length scaling as in a Hugging Face config: `{rope_type: llama3, factor: 8.0, ...}`."""
+    max_positions: Positive | None = None
+    """Length trained on, for the scaling types that need it."""
+
+
+class Attention(Layer):
+    """softmax(q k^T scale + bias) v over the tokens of one document. Vaswani et al. 2017, arXiv:1706.03762.
+
+    Grouped keys: Ainslie et al. 2023, arXiv:2305.13245. Without `rope` and `alibi` it has no positions of its own (NoPE).
+    """
+
+    class Options(LayerOptions):
+        """Settings of attention."""
+
+        n_heads: Positive = 8
+        """Query heads."""
+        n_kv_heads: Positive | None = None
+        """Key and value heads; by default as many as query heads, 1: multi-query."""
+        head_dim: Positive | None = None
+        """Width of a head; by default d_model / n_heads."""
+        window: Positive | None = None
+        """Tokens that a token sees, itself included; null: all before it."""
+        rope: RopeOptions | None = None
+        """Rotary positions; `{}` for the usual ones."""
+        alibi: bool = False
+        """A penalty that grows with distance. Press et al. 2021, arXiv:2108.12409."""
+        qk_norm: Literal["none", "head", "full"] = "none"
+        """RMS norm of queries and keys, before rope: per head (Qwen3) or over the whole projection (OLMo-2)."""
+        qk_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+        qk_norm_unit_offset: bool = False
+        """Scale by (1 + w) (Gemma-3)."""
+        softcap: Annotated[float, Field(gt=0.0)] | None = None
+        """Scores become softcap * tanh(scores / softcap) (Gemma-2)."""
+        scale: Annotated[float, Field(gt=0.0)] | None = None
+        """Factor on the scores; by default head_dim^-1/2."""
+        qkv_bias: bool = False
+        out_bias: bool = False
+        dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+        """Probability of dropping an attention weight, in training."""
+
+        def check(self, d_in: int) -> Iterable[tuple[str, str]]:
+            kv = self.n_kv_heads or self.n_heads
+            if self.n_heads % kv:
+                yield "n_kv_heads", f"{kv} does not divide n_heads {self.n_heads}"
+            if self.head_dim is None and d_in % self.n_heads:
+                yield "n_heads", f"{self.n_heads} does not divide the width {d_in}; choose a divisor or set head_dim"
+            elif self.rope and round(self.rope.fraction * (self.head_dim or d_in // self.n_heads)) % 2:
+                yield "rope", f"the rotated part of a head must be even, not {self.rope.fraction} of {self.head_dim or d_in // self.n_heads}"
+            if self.rope and self.alibi:
+                yield "alibi", "choose rope or alibi, not both"
+
+    EXAMPLES = (
+        {"n_heads": 4, "n_kv_heads": 2, "rope": {}},
+        {"n_heads": 4, "n_kv_heads": 1, "window": 5, "rope": {"theta": 500.0, "fraction": 0.5}, "qk_norm": "head"},
+        {"n_heads": 3, "head_dim": 12, "alibi": True, "qkv_bias": True, "out_bias": True},
+        {"n_heads": 2, "window": 70, "softcap": 4.0, "scale": 0.3, "qk_norm": "full", "rope": {"interleaved": True}},
+        {"n_heads": 4},
+    )
+
+    def __init__(self, d_in: int, options: Options, *, d_out: int | None = None, parts=None):
+        super().__init__(d_in, options, d_out=d_out)
+        self.n_heads, self.n_kv_heads = options.n_heads, options.n_kv_heads or options.n_heads
+        self.head_dim = options.head_dim or d_in // options.n_heads
+        self.options = options
+        q, kv, bias = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, options.qkv_bias
+        self.q_proj = Linear(d_in, q, bias=bias)
+        self.k_proj = Linear(d_in, kv, bias=bias)
+        self.v_proj = Linear(d_in, kv, bias=bias)
+        self.o_proj = Linear(q, self.d_out, bias=options.out_bias, kind="output")
+        self.q_norm = self.k_norm = None
+        if options.qk_norm != "none":
+            how = {"eps": options.qk_norm_eps, "unit_offset": options.qk_norm_unit_offset}
+            whole = options.qk_norm == "full"
+            self.q_norm = RMSNorm(q if whole else self.head_dim, **how)
+            self.k_norm = RMSNorm(kv if whole else self.head_dim, **how)
+
+    def empty_state(self, batch: int, *, max_tokens: int | None = None) -> KVState:
+        weight, window = self.k_proj.weight, self.options.window or 0
+        room = max_tokens or 0
+        if window:
+            room = min(room, window - 1 + SLACK)
+        empty = weight.new_zeros(batch, room, self.n_kv_heads, self.head_dim).detach()
+        return KVState(empty, empty.clone(), None, 0, window)
+
+    def forward(self, x: Tensor, state: KVState | None, ctx: Context) -> tuple[Tensor, KVState | None]:
+        o = self.options
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if o.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.unflatten(-1, (self.n_heads, self.head_dim))
+        k = k.unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = v.unflatten(-1, (self.n_kv_heads, self.head_dim))
+        if o.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if o.rope:
+            q, k = self.rotate(q, k, ctx.positions)
+        docs = ctx.doc_ids
+        if state is not None:
+            k, v, docs = state.append(k, v, ctx.doc_ids)
+        y = attention(
+            q,
+            k,
+            v,
+            scale=o.scale,
+            window=o.window,
+            softcap=o.softcap,
+            alibi_slopes=alibi_slopes(self.n_heads).to(q.device) if o.alibi else None,
+            q_docs=ctx.doc_ids,
+            k_docs=docs,
+            dropout_p=o.dropout if self.training else 0.0,
+            backend=ctx.backends.get("attention"),
+        )
+        return self.o_proj(y.flatten(-2)), state
+
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates the first part of each head of q and k (b t h p) by its token's position."""
+        rope = self.options.rope
+        cos, sin = rope_table(
+            positions,
+            round(rope.fraction * self.head_dim),
+            theta=rope.theta,
+            scaling=rope.scaling,
+            max_positions=rope.max_positions,
+        )
+        how = {"interleaved": rope.interleaved}
+        return apply_rope(q, cos, sin, **how), apply_rope(k, cos, sin, **how)
+
+    def mixing_flops(self, context: int) -> float:
+        # q k^T and weights v: two products of 2 head_dim operations per key and head.
+        seen = min(context, self.options.window or context)
+        return 4.0 * self.n_heads * self.head_dim * seen

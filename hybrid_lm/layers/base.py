@@ -1,0 +1,234 @@
+"""What a layer is, what its memory is, and how its parameters say which class they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_lm.config.base import Config
+
+KINDS = ("matrix", "output", "embedding", "norm", "conv", "dynamics", "bias")
+"""The parameter classes; what each means for start, decay, dtype and learning rate is one table in `model.init`."""
+
+Init = Callable[[Tensor, torch.Generator], None]
+"""Fills a parameter in place with its starting values, drawing from the generator."""
+
+
+class Spec(NamedTuple):
+    """The class of a parameter, and its own start where the class's is not right for it."""
+
+    kind: str
+    init: Init | None = None
+
+
+class Module(nn.Module):
+    """An `nn.Module` whose parameters carry a `Spec`, and whose dynamics stay in float32.
+
+    Parameters are made uninitialised and filled once by `model.init`, after every construction path alike.
+    """
+
+    specs: dict[str, Spec]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.specs = {}
+
+    def add(self, name: str, shape: Sequence[int], kind: str, init: Init | None = None) -> None:
+        """Registers an uninitialised parameter of the given class as `self.<name>`."""
+        assert kind in KINDS, kind
+        dtype = torch.float32 if kind == "dynamics" else None
+        self.register_parameter(name, nn.Parameter(torch.empty(tuple(shape), dtype=dtype)))
+        self.specs[name] = Spec(kind, init)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `model.to(bfloat16)` must not round A_log, dt_bias and D: exp() of them is applied once per token for ever.
+        dynamics = {name: self._parameters[name] for name, spec in self.specs.items() if spec.kind == "dynamics"}
+        kept = {name: parameter.detach() for name, parameter in dynamics.items() if parameter is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = self._parameters[name]
+            if now is not None and now.dtype.itemsize < before.dtype.itemsize:
+                now.data = before.to(device=now.device, dtype=torch.float32)
+        return self
+
+
+@dataclass
+class Context:
+    """What all layers of one call share. Shapes: (b t), and (b t d) for the embeddings."""
+
+    positions: Tensor
+    """Place of each token in its own document, from 0; int64."""
+    doc_ids: Tensor | None = None
+    """0 is padding, documents are 1, 2, ... in order; None: one document and no padding."""
+    reset: Tensor | None = None
+    """True where a token opens a document: nothing before it, a given state included, reaches it. None with `doc_ids`."""
+    embeddings: Tensor | None = None
+    """The embedded tokens, for layers that read them again (Zamba)."""
+    backends: Mapping[str, str] = field(default_factory=dict)
+    """The backend of each op, chosen when the model was built."""
+
+
+@dataclass
+class State:
+    """A memory. Its tensors have the batch first; a subclass is a dataclass of tensors, numbers and other states.
+
+    A state given to `forward` may be updated in place and must not be used afterwards: keep a `fork`.
+    """
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, list):
+                yield from ((f"{item.name}.{i}", part) for i, part in enumerate(value))
+            else:
+                yield item.name, value
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Every tensor in use, by its path."""
+        found: dict[str, Tensor] = {}
+        for name, value in self._parts():
+            if isinstance(value, State):
+                found |= value.tensors(f"{prefix}{name}.")
+            elif isinstance(value, Tensor):
+                found[prefix + name] = value
+        return found
+
+    def numbers(self, prefix: str = "") -> dict[str, int]:
+        """Every whole number, by its path."""
+        found: dict[str, int] = {}
+        for name, value in self._parts():
+            if isinstance(value, State):
+                found |= value.numbers(f"{prefix}{name}.")
+            elif isinstance(value, int):
+                found[prefix + name] = value
+        return found
+
+    def map(self, fn: Callable[[str, Tensor | None], Tensor | None], prefix: str = "") -> Self:
+        """A new state with `fn(path, tensor)` in the place of every tensor (None: an absent one)."""
+
+        def one(name: str, value: Any) -> Any:
+            if isinstance(value, State):
+                return value.map(fn, f"{prefix}{name}.")
+            return fn(prefix + name, value) if value is None or isinstance(value, Tensor) else value
+
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, list):
+                values[item.name] = [one(f"{item.name}.{i}", part) for i, part in enumerate(value)]
+            else:
+                values[item.name] = one(item.name, value)
+        return dataclasses.replace(self, **values)
+
+    def fork(self) -> Self:
+        """An independent copy."""
+        return self.map(lambda _, x: None if x is None else x.clone())
+
+    def gather(self, rows: Tensor) -> Self:
+        """The given rows (n,) of the batch, in that order: beam search, or dropping finished rows."""
+        return self.map(lambda _, x: None if x is None else x.index_select(0, rows))
+
+    def rollback(self, earlier: Self) -> None:
+        """Makes this object what `earlier`, a fork of it, was; everybody who holds it sees that."""
+        restored = earlier.fork()
+        for item in dataclasses.fields(self):
+            setattr(self, item.name, getattr(restored, item.name))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory in use, measured on the tensors."""
+        return sum(x.numel() * x.element_size() for x in self.tensors().values())
+
+    def save(self, path: str | Path) -> None:
+        """Writes the state as safetensors."""
+        from safetensors.torch import save_file
+
+        tensors = {name: x.detach().contiguous().clone() for name, x in self.tensors().items()}
+        save_file(tensors, str(path), metadata={name: str(x) for name, x in self.numbers().items()})
+
+    def load(self, path: str | Path) -> Self:
+        """The state saved at `path`, in the form of this one (an `empty_state` of the same model)."""
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            numbers = {name: int(x) for name, x in (file.metadata() or {}).items()}
+        if set(numbers) != set(self.numbers()):
+            raise ValueError(f"{path} holds the state of another architecture; load it into the model that wrote it")
+        loaded = self.map(lambda name, x: tensors.get(name))
+        loaded._set_numbers(numbers, "")
+        return loaded
+
+    def _set_numbers(self, numbers: Mapping[str, int], prefix: str) -> None:
+        for name, value in list(self._parts()):
+            if isinstance(value, State):
+                value._set_numbers(numbers, f"{prefix}{name}.")
+            elif isinstance(value, int):
+                setattr(self, name, numbers[prefix + name])
+
+
+@dataclass
+class StateList(State):
+    """The memories of several layers; None for one that has none."""
+
+    items: list[State | None]
+
+
+Parts = Mapping[str, Sequence["Layer"]]
+"""What the options of type `PartPattern` were built into: lists of branches, each a layer with its own norms."""
+
+
+class LayerOptions(Config):
+    """Base of every layer's settings."""
+
+    def check(self, d_in: int) -> Iterable[tuple[str, str]]:
+        """What these settings make impossible at input width `d_in`: pairs of key and reason."""
+        return ()
+
+
+class Layer(Module):
+    """A causal map `(x, state, ctx) -> (y, state)`: one `forward` for training, prefill of any length, and decoding.
+
+    A subclass has `Options`, `EXAMPLES` (settings at d_model 32 that together reach every option: the laws are applied to
+    each), a constructor, `forward`, and `empty_state` if it remembers anything.
+    """
+
+    class Options(LayerOptions):
+        """No settings."""
+
+    EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    reads_raw: ClassVar[bool] = False
+    """True if the layer takes the residual stream as it is because its parts have norms of their own."""
+
+    def __init__(self, d_in: int, options: LayerOptions, *, d_out: int | None = None, parts: Parts | None = None):
+        """`d_in`, `d_out` (default: `d_in`): widths. `parts`: what options of type `PartPattern` were built into."""
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out or d_in
+
+    def empty_state(self, batch: int, *, max_tokens: int | None = None) -> State | None:
+        """The memory before the first token, for `batch` rows; None for a layer that has none.
+
+        `max_tokens`: room to reserve where memory grows with length; it can always grow further.
+        """
+        return None
+
+    def forward(self, x: Tensor, state: Any, ctx: Context) -> tuple[Tensor, Any]:
+        """x (b t d_in) -> (y (b t d_out), state). Without a state no state comes out."""
+        raise NotImplementedError
+
+    @classmethod
+    def part_width(cls, key: str, index: int, d_in: int) -> int:
+        """Input width of item `index` of the part that option `key` names, in a layer of input width `d_in`."""
+        return d_in
+
+    def mixing_flops(self, context: int) -> float:
+        """Operations per token of the forward pass beyond two per matrix element, at `context` tokens in view."""
+        return 0.0
+
+

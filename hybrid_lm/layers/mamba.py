@@ -1,0 +1,120 @@
+"""Mamba-1."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hybrid_lm.config.base import Positive
+from hybrid_lm.layers.base import Context, Layer, LayerOptions
+from hybrid_lm.layers.parts import Linear, RMSNorm, ones
+from hybrid_lm.layers.ssm import SSMState, conv_start, dt_bias_start, s4d_real
+from hybrid_lm.ops import causal_conv1d, selective_scan
+
+
+class Mamba(Layer):
+    """A selective state-space layer. Gu & Dao 2023, arXiv:2312.00752, section 3.4 and algorithm 2.
+
+    [u z] = in(x); u = silu(conv(u)); [dt B C] = x_proj(u); y = scan(u, softplus(dt_proj(dt)), A, B, C) * silu(z); out(y).
+    """
+
+    class Options(LayerOptions):
+        """Settings of Mamba-1."""
+
+        d_state: Positive = 16
+        """State size n per channel."""
+        d_conv: Positive = 4
+        """Taps of the convolution."""
+        expand: Annotated[float, Field(gt=0.0)] = 2.0
+        """Inner width as a multiple of d_model."""
+        d_inner: Positive | None = None
+        """Inner width, instead of `expand`."""
+        dt_rank: Positive | None = None
+        """Rank of dt's projection; by default d_model / 16, rounded up."""
+        inner_norm: Literal["none", "weightless", "weighted"] = "none"
+        """RMS norms on dt, B and C: none (Mamba), without weights (Falcon-Mamba), with them (Jamba)."""
+        inner_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+        conv_bias: bool = True
+        bias: bool = False
+        """Biases of the input and output projections."""
+        dt_min: Annotated[float, Field(gt=0.0)] = 1e-3
+        """Smallest step size at the start."""
+        dt_max: Annotated[float, Field(gt=0.0)] = 0.1
+        """Largest step size at the start."""
+        dt_floor: Annotated[float, Field(gt=0.0)] = 1e-4
+        """Step sizes at the start are not below this."""
+
+    EXAMPLES = (
+        {"d_state": 8},
+        {"d_state": 5, "d_conv": 3, "dt_rank": 4, "inner_norm": "weighted", "conv_bias": False, "bias": True},
+        {"d_state": 4, "d_inner": 40, "inner_norm": "weightless"},
+    )
+
+    def __init__(self, d_in: int, options: Options, *, d_out: int | None = None, parts=None):
+        super().__init__(d_in, options, d_out=d_out)
+        o, d = options, options.d_inner or round(options.expand * d_in)
+        rank = o.dt_rank or math.ceil(d_in / 16)
+        self.d_inner, self.d_state, self.d_conv, self.dt_rank = d, o.d_state, o.d_conv, rank
+        self.in_proj = Linear(d_in, 2 * d, bias=o.bias)
+        self.add("conv_weight", (d, o.d_conv), "conv", conv_start)
+        if o.conv_bias:
+            self.add("conv_bias", (d,), "bias")
+        else:
+            self.register_parameter("conv_bias", None)
+        self.x_proj = Linear(d, rank + 2 * o.d_state)
+        self.dt_proj = Linear(rank, d, init=self._dt_start)
+        self.add("dt_bias", (d,), "dynamics", dt_bias_start(o.dt_min, o.dt_max, o.dt_floor))
+        self.add("A_log", (d, o.d_state), "dynamics", s4d_real)
+        self.add("D", (d,), "dynamics", ones)
+        self.out_proj = Linear(d, self.d_out, bias=o.bias, kind="output")
+        self.dt_norm = self.B_norm = self.C_norm = None
+        if o.inner_norm != "none":
+            how = {"eps": o.inner_norm_eps, "weight": o.inner_norm == "weighted"}
+            self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(k, **how) for k in (rank, o.d_state, o.d_state))
+
+    def _dt_start(self, weight: Tensor, rng: torch.Generator) -> None:
+        # Keeps the variance of dt over the low rank, so that dt_bias decides the step sizes at the start.
+        bound = self.dt_rank**-0.5
+        weight.uniform_(-bound, bound, generator=rng)
+
+    def empty_state(self, batch: int, *, max_tokens: int | None = None) -> SSMState:
+        conv = self.conv_weight.new_zeros(batch, self.d_conv - 1, self.d_inner).detach()
+        return SSMState(conv, self.A_log.new_zeros(batch, self.d_inner, self.d_state).detach())
+
+    def forward(self, x: Tensor, state: SSMState | None, ctx: Context) -> tuple[Tensor, SSMState | None]:
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, conv = causal_conv1d(
+            u,
+            self.conv_weight,
+            self.conv_bias,
+            activation="silu",
+            initial=None if state is None else state.conv,
+            reset=ctx.reset,
+            backend=ctx.backends.get("causal_conv1d"),
+        )
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        if self.dt_norm is not None:
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+        y, ssm = selective_scan(
+            u,
+            self.dt_proj(dt),
+            -torch.exp(self.A_log),
+            B,
+            C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            initial=None if state is None else state.ssm,
+            reset=ctx.reset,
+            backend=ctx.backends.get("selective_scan"),
+        )
+        return self.out_proj(y), None if state is None else SSMState(conv, ssm)
+
+    def mixing_flops(self, context: int) -> float:
+        # Per channel and state: decay, two products and a sum of the update, two of the read-out, and the exponential.
+        return 2.0 * self.d_inner * self.d_conv + 7.0 * self.d_inner * self.d_state

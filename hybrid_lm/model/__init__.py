@@ -1,0 +1,1 @@
+"""The model: building it, running it, its memory, and what it costs."""
