@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 WINDOW = 72  # characters of a long line that are shown
 
@@ -43,4 +45,12 @@ class ConfigError(ValueError):
         if len(self.problems) == 1:
             return str(self.problems[0])
         told = "\n".join(str(problem) for problem in self.problems)
-        return f"{self.source}: {len(self.problems)} problems\n" + "\n".join(f"  {line}" for line in told.split("\n"))
+        return f"{self.source}: {len(self.problems)} problems\n" + "\n".join(
+            f"  {line}" for line in told.split("\n")
+        )
+
+
+def show(value: Any) -> str:
+    """A value in a message: as in YAML, text quoted, cut if long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= WINDOW else text[: WINDOW - 1] + "…"

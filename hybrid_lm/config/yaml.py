@@ -186,7 +186,9 @@ class _Reader:
             key = self.key(event)
             inner = (*path, key)
             if key in items:
-                self.fail(f"the key {key!r} stands twice; first in line {self.lines[inner]}", event.start_mark)
+                self.fail(
+                    f"the key {key!r} stands twice; first in line {self.lines[inner]}", event.start_mark
+                )
             self.lines[inner] = event.start_mark.line + 1
             items[key] = self.node(next(self.events), inner)
         return items
