@@ -1,0 +1,367 @@
+"""From text to a token store: read twice, encode in parallel, write beside, rename at the end.
+
+The first reading finds every fault of the corpus and fixes the split before anything is written; the second
+encodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid_lm.config.schema import TextData, TokenizerConfig
+from hybrid_lm.data.store import FORMAT, SPLITS, StoreError, TokenStore, is_store, sha256_of
+from hybrid_lm.data.text import Document, documents
+from hybrid_lm.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of text that are done and those that there are."""
+VAL_FRACTION = 0.05
+# Large enough that a hand-over to a process costs little beside encoding, small enough that all of them share
+# the work.
+BATCH_BYTES = 1_000_000
+
+
+def prepare(
+    path: str | Path,
+    out: str | Path,
+    tokenizer: Tokenizer | TokenizerConfig,
+    *,
+    val_fraction: float = VAL_FRACTION,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> TokenStore:
+    """Turns a corpus (see `documents`) into a token store at `out`; the same bytes for any number of workers.
+
+    val_fraction: the share of documents held out: those whose text has the smallest SHA-256. Equal texts are
+        on one side.
+    tokenizer: a config of `kind: bpe` is trained on the training documents only.
+    workers: processes that encode; None: one for bytes, which are free, else one per core. Scripts that use
+        more than one need the `if __name__ == "__main__":` of multiprocessing.
+    overwrite: replace an existing token store. Anything else at `out` is never replaced.
+
+    Raises ValueError for a bad corpus or one with less than two different documents, StoreError if `out` is
+    in use, OSError if the disk is full or read-only. Whatever happens, `out` is a whole store or what it was
+    before.
+    """
+    out = Path(out)
+    if not 0.0 < val_fraction < 1.0:
+        raise ValueError(f"val_fraction = {val_fraction}: it must lie between 0 and 1")
+    _check_free(path, out, overwrite)
+    corpus = survey(path, val_fraction)
+    config = tokenizer if isinstance(tokenizer, TokenizerConfig) else None
+    if isinstance(tokenizer, TokenizerConfig):
+        # Held-out text must not shape the vocabulary that is judged on it.
+        texts = (text for (_, text), held in zip(documents(path), corpus.held_out, strict=True) if not held)
+        tokenizer = make_tokenizer(tokenizer, texts)
+    origin = {
+        "source": Path(path).name,
+        "n_documents": len(corpus.held_out),
+        "n_bytes": corpus.n_bytes,
+        "sha256": corpus.sha256,
+        "skipped": corpus.skipped,
+        "val_fraction": val_fraction,
+        "tokenizer_config": config and config.model_dump(),
+    }
+    workers = workers or (1 if tokenizer.kind == "bytes" else _workers(corpus.n_bytes))
+    with _new_folder(out, overwrite) as folder:
+        _build(folder, path, corpus, tokenizer, origin, workers, progress or (lambda done, total: None))
+    return TokenStore.open(out)
+
+
+def open_or_prepare(
+    data: TextData, folder: str | Path, *, workers: int | None = None, progress: Progress | None = None
+) -> TokenStore:
+    """The store that a run reads: `data.path` itself if it is one, else one made from it at `folder`.
+
+    A store already at `folder` is used if it holds the same text under the same tokenizer, and replaced if
+    not.
+    """
+    if is_store(data.path):
+        return TokenStore.open(data.path)
+    if is_store(folder):
+        # A damaged store is one that does not hold the text: it is made again.
+        with suppress(StoreError, KeyError):
+            store = TokenStore.open(folder)
+            if _made_from(store, data):
+                return store
+    return prepare(data.path, folder, data.tokenizer, workers=workers, overwrite=True, progress=progress)
+
+
+def _made_from(store: TokenStore, data: TextData) -> bool:
+    origin, config = store.meta["corpus"], data.tokenizer
+    if config.kind == "bpe":
+        same = origin["tokenizer_config"] == config.model_dump()
+    else:
+        same = store.meta["tokenizer"]["fingerprint"] == make_tokenizer(config).fingerprint
+    corpus = survey(data.path, VAL_FRACTION)
+    return same and (origin["sha256"], origin["val_fraction"]) == (corpus.sha256, VAL_FRACTION)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the first reading found."""
+
+    held_out: list[bool]
+    """Per document, in order."""
+    n_bytes: int
+    sha256: str
+    """Over the SHA-256 of every document's text, in order."""
+    skipped: dict[str, int]
+
+
+def survey(path: str | Path, val_fraction: float) -> Corpus:
+    """Reads a corpus once and splits it by the hash of each document's text, whatever its name and place."""
+    skipped: Counter[str] = Counter()
+    digests, n_bytes = [], 0
+    for document in documents(path, skipped):
+        data = document.text.encode("utf-8")
+        digests.append(hashlib.sha256(data).digest())
+        n_bytes += len(data)
+    different = sorted(set(digests))
+    if len(different) < 2:
+        raise ValueError(
+            f"{path}: {len(digests)} document(s), {len(different)} different; "
+            "a train and a val split need at least 2 different ones"
+        )
+    n_val = min(max(1, math.floor(val_fraction * len(different) + 0.5)), len(different) - 1)
+    val = set(different[:n_val])
+    return Corpus(
+        held_out=[digest in val for digest in digests],
+        n_bytes=n_bytes,
+        sha256=hashlib.sha256(b"".join(digests)).hexdigest(),
+        skipped={reason: count for reason, count in sorted(skipped.items()) if count},
+    )
+
+
+def _build(
+    folder: Path,
+    path: str | Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    origin: dict[str, Any],
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Writes a whole store into `folder`."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    with _disk(folder):
+        tokenizer.save(folder / "tokenizer")
+    parts = {name: _Part(folder, name, dtype, tokenizer.eot_id) for name in SPLITS}
+    digests, done = hashlib.sha256(), 0
+    held_out = iter(corpus.held_out)
+    try:
+        for encoded in _encode_all(documents(path), tokenizer, folder / "tokenizer", workers):
+            for ids, n_bytes, digest in encoded:
+                parts["val" if next(held_out, False) else "train"].append(ids, n_bytes)
+                digests.update(digest)
+                done += n_bytes
+            progress(done, corpus.n_bytes)
+        splits = {name: part.close() for name, part in parts.items()}
+    finally:
+        for part in parts.values():
+            with suppress(OSError):
+                part.file.close()
+    if digests.hexdigest() != corpus.sha256:
+        raise ValueError(f"{path}: the text changed while it was read; prepare it again")
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    meta = {
+        "format": FORMAT,
+        "dtype": dtype.str,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "name": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "eot_id": tokenizer.eot_id,
+            "pad_id": tokenizer.pad_id,
+            "fingerprint": tokenizer.fingerprint,
+        },
+        "corpus": origin,
+        "splits": splits,
+        "files": {
+            file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            for file in files
+        },
+    }
+    with _disk(folder):
+        (folder / "store.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        for file in [*files, folder / "store.json"]:
+            _sync(file)
+
+
+class _Part:
+    """The files of one split while they grow."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, eot_id: int):
+        self.folder, self.name = folder, name
+        self.eot = np.array([eot_id], dtype=dtype)
+        self.index: list[tuple[int, int]] = []
+        self.n_tokens = 0
+        with _disk(folder):
+            self.file = (folder / f"{name}.bin").open("wb")
+
+    def append(self, ids: np.ndarray, n_bytes: int) -> None:
+        self.index.append((self.n_tokens, n_bytes))
+        self.n_tokens += 1 + len(ids)
+        with _disk(self.folder):
+            self.file.write(self.eot.tobytes())
+            self.file.write(ids.astype(self.eot.dtype).tobytes())
+
+    def close(self) -> dict[str, int]:
+        with _disk(self.folder):
+            self.file.write(self.eot.tobytes())
+            self.file.close()
+            index = np.array(self.index, dtype=np.int64)
+            np.save(self.folder / f"{self.name}.idx.npy", index)
+        return {"n_documents": len(index), "n_tokens": self.n_tokens + 1, "n_bytes": int(index[:, 1].sum())}
+
+
+Encoded = list[tuple[np.ndarray, int, bytes]]
+"""Ids, bytes of text and SHA-256 of each document of a batch."""
+_tokenizer: Tokenizer | None = None
+
+
+def _encode_all(
+    corpus: Iterable[Document], tokenizer: Tokenizer, saved: Path, workers: int
+) -> Iterator[Encoded]:
+    if workers == 1:
+        yield from (_encode(tokenizer, batch) for batch in _batches(corpus))
+        return
+    # spawn: a forked child of a process with threads (torch, tokenizers) may hang.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load, initargs=(saved,))
+    waiting: deque = deque()
+    try:
+        # A window of tasks, because Executor.map would first read the whole corpus into memory.
+        for batch in _batches(corpus):
+            waiting.append(pool.submit(_encode_here, batch))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "preparing with several workers: one of them died (out of memory, or a script without "
+            "`if __name__ == '__main__':`); workers=1 needs no processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _workers(n_bytes: int) -> int:
+    """A process per core, but none that would start up for less than a few batches."""
+    return min(os.cpu_count() or 1, 1 + n_bytes // (4 * BATCH_BYTES))
+
+
+def _load(saved: Path) -> None:
+    global _tokenizer
+    _tokenizer = load_tokenizer(saved)
+
+
+def _encode_here(batch: list[Document]) -> Encoded:
+    assert _tokenizer is not None
+    return _encode(_tokenizer, batch)
+
+
+def _encode(tokenizer: Tokenizer, batch: list[Document]) -> Encoded:
+    encoded = []
+    for name, text in batch:
+        data = text.encode("utf-8")
+        try:
+            ids = tokenizer.encode(text)
+        except ValueError as error:
+            raise ValueError(f"document {name}: {error}") from error
+        encoded.append((ids, len(data), hashlib.sha256(data).digest()))
+    return encoded
+
+
+def _batches(corpus: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in corpus:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _check_free(path: str | Path, out: Path, overwrite: bool) -> None:
+    """Refuses a place that holds something else, before any work."""
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out}: a file is in the way; a token store is a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not is_store(out):
+            raise StoreError(f"{out}: the folder is not empty and no token store; choose another place")
+        if not overwrite:
+            raise StoreError(f"{out}: a token store is already there; choose another place, or say overwrite")
+    source = Path(path).resolve()
+    if source.is_dir() and source in out.resolve().parents:
+        raise StoreError(
+            f"{out}: inside the corpus {path}; a store must lie outside of the text it is made from"
+        )
+
+
+@contextmanager
+def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its place if the block succeeds and vanishes if it fails."""
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    old = folder.with_name(folder.name + ".old")
+    try:
+        with _disk(folder):
+            folder.mkdir(parents=True)
+        yield folder
+        with _disk(folder):
+            if overwrite and is_store(out):
+                out.rename(old)
+            try:
+                folder.rename(out)
+            except OSError:
+                if old.exists():
+                    old.rename(out)
+                raise
+            # Some file systems cannot sync a folder; the rename is atomic all the same.
+            with suppress(OSError):
+                _sync(out.parent)
+    finally:
+        for leftover in (folder, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """One sentence for a disk that is full, read-only or not ours. The class and errno stay, the text is
+    for people.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"cannot write a token store in {folder.parent}: {reason}; nothing was left there"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
