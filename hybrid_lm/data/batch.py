@@ -11,8 +11,10 @@ IGNORE = -100
 
 
 class Batch(NamedTuple):
-    """`labels[i, j]` is what the model should say after reading `tokens[i, : j + 1]`: already shifted,
-    never shift again.
+    """Rows of tokens and what follows each.
+
+    `labels[i, j]` is what the model should say after reading `tokens[i, : j + 1]`: already shifted, never
+    shift again.
     """
 
     tokens: np.ndarray

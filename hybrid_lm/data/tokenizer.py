@@ -58,9 +58,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One id per UTF-8 byte (0..255), then `<|endoftext|>` 256 and `<|pad|>` 257. Exact on every text,
-    nothing to train.
-    """
+    """One id per UTF-8 byte (0..255), then `<|endoftext|>` 256 and `<|pad|>` 257; nothing to train."""
 
     kind = "bytes"
     name = "bytes"
