@@ -90,7 +90,7 @@ class Recipe(Config):
     """One set of weights for all occurrences; `{copies: 2}`: two, used in turn."""
     per_call: PerCallConfig | None = None
     """Small parts of its own for each occurrence of a shared recipe."""
-    block: BlockOverride = BlockOverride()
+    residual: BlockOverride = BlockOverride()
     """Fields of `model.block` that differ for this recipe."""
 
     @property

@@ -34,9 +34,9 @@ class Builder:
     def item(self, text: str, d_in: int) -> tuple[Layer, BlockConfig]:
         """The layer of one item (`a`, or `a+m` in parallel) and its place in the residual stream."""
         names = text.split("+")
-        blocks = [self.config.layers[name].block.apply(self.config.block) for name in names]
+        blocks = [self.config.layers[name].residual.apply(self.config.block) for name in names]
         if any(block != blocks[0] for block in blocks):
-            raise ValueError(f"model.layers: {text} runs on one norm, but {' and '.join(names)} have different `block` settings")
+            raise ValueError(f"model.layers: {text} runs on one norm, but {' and '.join(names)} have different `residual` settings")
         layers = [self.occurrence(name, d_in) for name in names]
         return (layers[0] if len(layers) == 1 else Parallel(layers)), blocks[0]
 
