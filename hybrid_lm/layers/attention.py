@@ -41,10 +41,6 @@ class KVState(State):
 
         return super().map(used, prefix)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.docs) if x is not None)
-
     def append(self, k: Tensor, v: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Remembers t more tokens and returns all that they may look at, oldest first."""
         if self.docs is None and docs is not None:

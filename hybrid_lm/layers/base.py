@@ -142,8 +142,10 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory in use, measured on the tensors."""
-        return sum(x.numel() * x.element_size() for x in self.tensors().values())
+        """Bytes of memory held, room to grow included, measured on the tensors."""
+        parts = [value for _, value in self._parts()]
+        tensors = sum(x.numel() * x.element_size() for x in parts if isinstance(x, Tensor))
+        return tensors + sum(x.nbytes for x in parts if isinstance(x, State))
 
     def save(self, path: str | Path) -> None:
         """Writes the state as safetensors."""
