@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -46,7 +46,8 @@ class _Fault(NamedTuple):
 def explain(
     root: type[BaseModel], data: Any, error: ValidationError, more: Mapping[str, Any] = {}
 ) -> list[Finding]:
-    """Each complaint of `root.model_validate(data)`, by its path in `data`; `more`: keys known beside the root's."""
+    """Each complaint of `root.model_validate(data)`, by its path in `data`; `more`: keys known beside the
+    root's."""
     faults = [_fault(root, data, detail, more) for detail in error.errors(include_url=False)]
     findings: dict[Path, list[str]] = {}
     for fault in faults:
@@ -57,7 +58,7 @@ def explain(
     return [Finding(path, " or ".join(reasons)) for path, reasons in findings.items()]
 
 
-def _fault(root: type[BaseModel], data: Any, detail: Mapping[str, Any], more: Mapping[str, Any]) -> _Fault:
+def _fault(root: type[BaseModel], data: Any, detail: Mapping[str, Any], more: Iterable[str]) -> _Fault:
     kind, loc, context = detail["type"], detail["loc"], detail.get("ctx", {})
     path, labels = _split(data, loc, kind in ("missing", "extra_forbidden"))
     reason = WORDS.get(kind) or detail["msg"].replace("Input should be", "must be").replace(
@@ -73,7 +74,7 @@ def _fault(root: type[BaseModel], data: Any, detail: Mapping[str, Any], more: Ma
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
         path = (*path, context["discriminator"].strip("'"))
         tags = context.get("expected_tags") or ", ".join(repr(tag) for tag in _tags(root, path))
-        reason = f"must be one of {tags}{_hint(context.get('tag'), tags.split(chr(39))[1::2])}"
+        reason = f"must be one of {tags}{_hint(context.get('tag'), _quoted(tags))}"
         reason = f"missing; {reason}" if kind == "union_tag_not_found" else reason
     elif kind in ("int_type", "float_type", "bool_type"):
         reason += _instead(kind, detail["input"])
@@ -85,8 +86,7 @@ def _split(data: Any, loc: Path, names_last: bool) -> tuple[Path, Path]:
     path: list[str | int] = []
     labels: list[str | int] = []
     for i, element in enumerate(loc):
-        inside = isinstance(data, Mapping) and element in data
-        inside |= isinstance(data, list | tuple) and isinstance(element, int) and element < len(data)
+        inside = _has(data, element)
         if inside or (names_last and i == len(loc) - 1):
             path.append(element)
             data = data[element] if inside else None
@@ -95,8 +95,15 @@ def _split(data: Any, loc: Path, names_last: bool) -> tuple[Path, Path]:
     return tuple(path), tuple(labels)
 
 
+def _has(data: Any, element: str | int) -> bool:
+    if isinstance(data, Mapping):
+        return element in data
+    return isinstance(data, list | tuple) and isinstance(element, int) and element < len(data)
+
+
 def _beside_the_point(fault: _Fault, faults: list[_Fault]) -> bool:
-    """A union says that the value is of none of its types; but one branch took it and tells what is wrong inside."""
+    """A union says that the value is of none of its types; but one branch took it and tells what is wrong
+    inside."""
     if not (fault.labels and fault.of_type):
         return False
     inner = [other for other in faults if other.path[: len(fault.path)] == fault.path and other.labels]
@@ -105,13 +112,18 @@ def _beside_the_point(fault: _Fault, faults: list[_Fault]) -> bool:
     )
 
 
+def _quoted(text: str) -> list[str]:
+    return text.split("'")[1::2]
+
+
 def _hint(name: Any, known: Any) -> str:
     close = nearest(name, known) if isinstance(name, str) else None
     return f". Did you mean {close!r}?" if close else ""
 
 
 def _instead(kind: str, given: Any) -> str:
-    """What the writer probably meant, for a value that would have been taken as something else by other readers."""
+    """What the writer probably meant, for a value that would have been taken as something else by other
+    readers."""
     if kind == "bool_type":
         meant = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(str(given).lower())
         return f"; write {meant}" if meant else ""
@@ -125,9 +137,7 @@ def known_keys(root: type[BaseModel], data: Any, loc: Path) -> list[str]:
     """The keys that may stand at a location."""
     kinds: list[Any] = [root]
     for element in loc:
-        inside = isinstance(data, Mapping) and element in data
-        inside |= isinstance(data, list | tuple) and isinstance(element, int) and element < len(data)
-        if inside:
+        if _has(data, element):
             kinds = [inner for kind in kinds for inner in _inside(kind, element)]
             data = data[element]
         else:

@@ -1,4 +1,5 @@
-"""The edge: a YAML file and `key=value` overrides become a RunConfig, or one report of everything that is wrong."""
+"""The edge: a YAML file and `key=value` overrides become a RunConfig, or one report of everything that is
+wrong."""
 
 from __future__ import annotations
 
@@ -10,15 +11,28 @@ from typing import Any
 from pydantic import ValidationError
 
 from hybrid_lm.config import yaml
+from hybrid_lm.config.dump import architecture_hash, dump_yaml
 from hybrid_lm.config.explain import Finding, Path, explain
 from hybrid_lm.config.recipes import Recipes
 from hybrid_lm.config.report import ConfigError, Problem, show
 from hybrid_lm.config.schema import ProbeData, RunConfig
 from hybrid_lm.registry import nearest, table, unknown
 
+__all__ = [
+    "ConfigError",
+    "architecture_hash",
+    "config_names",
+    "configs_dir",
+    "dump_yaml",
+    "find_config",
+    "load_config",
+    "parse_config",
+]
+
 
 def configs_dir() -> FilePath:
-    """The configurations that come with hybrid_lm: inside the installed package, or beside it in a checkout."""
+    """The configurations that come with hybrid_lm: inside the installed package, or beside it in a
+    checkout."""
     package = FilePath(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -35,7 +49,8 @@ def load_config(path_or_name: str | FilePath, overrides: Sequence[str] = ()) -> 
 
     Args:
         path_or_name: a YAML file, or the name of one that comes with hybrid_lm (`recall/mqar_small`).
-        overrides: `section.key=value`, later ones over earlier ones; the value is read as in YAML, so that lists and
+        overrides: `section.key=value`, later ones over earlier ones; the value is read as in YAML, so that
+            lists and
             mappings are possible: `train.optimizer.betas=[0.9, 0.99]`.
 
     Returns:
@@ -58,7 +73,8 @@ def load_config(path_or_name: str | FilePath, overrides: Sequence[str] = ()) -> 
 
 
 def parse_config(data: Mapping[str, Any], source: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
-    """The same for data that is already in memory; problems are told as `source: key.path = value: reason`."""
+    """The same for data that is already in memory; problems are told as `source: key.path = value:
+    reason`."""
     return _validate(Source(source, copy.deepcopy(dict(data)), {}), overrides)
 
 

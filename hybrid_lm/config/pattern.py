@@ -5,12 +5,12 @@
     branch   := atom ( "+" atom )*                 "+": parallel layers on one normed input, outputs summed
     atom     := NAME | "(" pattern ")"             a group takes part in "+" only if it is a single name
     NAME     := a known name; otherwise a run of one-letter names with optional counts: m4a2 = m m m m a a
-    "..."    := once, at the end of a group or the pattern: repeat what stands before it until the depth is filled
+    "..."    := once, at the end of a group or the pattern: repeat what stands before it to fill the depth
 
-A word that is a known name is that name, whatever its letters. `x` and `x3` can be no names (`name_problem`), so `x3` is
-always a repeat: after `)` or as a word of its own, never glued to a name. It repeats one layer or one group: a run of
-several letters wants parentheses first, `(mma)x4`. `...` repeats all that stands before it in its group, so
-`a (m f ...)` is one `a` and then as many `m f` as fit.
+A word that is a known name is that name, whatever its letters. `x` and `x3` can be no names (`name_problem`),
+so `x3` is always a repeat: after `)` or as a word of its own, never glued to a name. It repeats one layer or
+one group: a run of several letters wants parentheses first, `(mma)x4`. `...` repeats all that stands before
+it in its group, so `a (m f ...)` is one `a` and then as many `m f` as fit.
 
 One recursive descent over the tokens, linear in the text. Every limit is checked before anything is expanded.
 """
@@ -22,8 +22,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from hybrid_lm.config.report import caret
 from hybrid_lm.config.repeats import shortest
+from hybrid_lm.config.report import caret
 from hybrid_lm.registry import nearest, unknown
 
 MAX_CHARACTERS = 4096
@@ -84,11 +84,11 @@ def expand(text: str, names: Collection[str], depth: int | None = None) -> tuple
 def canon(items: Sequence[str]) -> str:
     """The shortest text that `expand` turns back into `items`; the same items always give the same text.
 
-    Shortest: fewest characters among the texts made of whole names, one blank between items, and nested repeats `m x3`
-    and `(m f)x3`; ties go to fewer parentheses. That is exact up to 512 layers. Above, a repeat is sought only at the two
-    ends of each stretch that repeats: 4,096 layers take well under a second, and a shorter text may exist.
-    `...` is never used. Letters are glued (`mmf`) only where the text would pass the 4,096 characters that `expand`
-    reads; read it back with names that have no such longer one.
+    Shortest: fewest characters among the texts made of whole names, one blank between items, and nested
+    repeats `m x3` and `(m f)x3`; ties go to fewer parentheses. That is exact up to 512 layers. Above, a
+    repeat is sought only at the two ends of each stretch that repeats: 4,096 layers take well under a second,
+    and a shorter text may exist. `...` is never used. Letters are glued (`mmf`) only where the text would
+    pass the 4,096 characters that `expand` reads; read it back with names that have no such longer one.
     """
     assert items, "no pattern means no layers"
     return shortest(items, MAX_CHARACTERS)

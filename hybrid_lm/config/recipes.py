@@ -34,7 +34,8 @@ def part_options(options: BaseModel) -> Iterator[tuple[str, str]]:
 
 
 class Recipes:
-    """The recipes of `model.layers` with their options read by the layers; `findings` is what is wrong with them."""
+    """The recipes of `model.layers` with their options read by the layers; `findings` is what is wrong with
+    them."""
 
     def __init__(self, model: Mapping[str, Any]):
         self.model = model
@@ -93,24 +94,14 @@ class Recipes:
             return
         items = self.items(("model", "pattern"), text, depth)
         for item in sorted(set(items)):
-            self.visit_item(("model", "pattern"), item, width if _positive(width) else None, ())
-        if not items:
-            return
+            for name in item.split("+"):
+                self.visit(name, width if _positive(width) else None, ())
         used = {name for name, _ in self.seen}
+        if not items or any(name not in self.options for name in used):
+            return  # what a broken recipe would have named is not known
         for name in self.raw:
             if name not in used and not name.startswith("_"):
-                reason = (
-                    "neither the pattern nor a used recipe names it; take it out, or begin its name with '_'"
-                )
-                self.add((*LAYERS, name), reason)
-
-    def visit_item(self, path: Path, item: str, width: int | None, above: tuple[str, ...]) -> None:
-        names = item.split("+")
-        blocks = [self.raw[name].get("block") or {} for name in names if isinstance(self.raw[name], Mapping)]
-        if any(block != blocks[0] for block in blocks):
-            self.add(path, f"{item} runs on one norm, but the recipes {', '.join(names)} differ in `block`")
-        for name in names:
-            self.visit(name, width, above)
+                self.add((*LAYERS, name), "nothing names it; take it out, or begin its name with '_'")
 
     def visit(self, name: str, width: int | None, above: tuple[str, ...]) -> None:
         """Checks a recipe at an input width, and those that it names."""
@@ -127,14 +118,13 @@ class Recipes:
                 self.add((*path, key), reason)
         for key, text in part_options(options):
             for index, item in enumerate(self.items((*path, key), text)):
-                cycle = [inner for inner in item.split("+") if inner in above]
-                if cycle:
-                    self.add(
-                        (*path, key), f"a circle: {' -> '.join((*above[above.index(cycle[0]) :], cycle[0]))}"
-                    )
-                    return
                 inner = None if width is None else kind.part_width(key, index, width)
-                self.visit_item((*path, key), item, inner, above)
+                for part in item.split("+"):
+                    if part in above:
+                        circle = " -> ".join((*above[above.index(part) :], part))
+                        self.add((*path, key), f"a recipe cannot contain itself: {circle}")
+                        return
+                    self.visit(part, inner, above)
 
 
 def _positive(value: Any) -> bool:

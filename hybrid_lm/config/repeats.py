@@ -1,17 +1,16 @@
 """How a list of layers is said in the fewest characters: the search behind `pattern.canon`.
 
-Dynamic programming over prefixes. The last unit of a prefix is a single item or a repeat, and a repeat lies within one
-of the list's maximal repetitions, of which there are fewer than items (Bannai et al. 2017, arXiv:1406.0263); the text of
-its root is the same question again.
+Dynamic programming over prefixes. The last unit of a prefix is a single item or a repeat, and a repeat lies
+within one of the list's maximal repetitions, of which there are fewer than items (Bannai et al. 2017,
+arXiv:1406.0263); the text of its root is the same question again.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 EXACT_LAYERS = 512
 
@@ -25,7 +24,8 @@ class Run(NamedTuple):
 
 
 def shortest(items: Sequence[str], limit: int) -> str:
-    """The text that `pattern.canon` documents; letters are glued only where it would be longer than `limit`."""
+    """The text that `pattern.canon` documents; letters are glued only where it would be longer than
+    `limit`."""
     text = _shortest(tuple(items), {}, exact=len(items) <= EXACT_LAYERS)
     return text if len(text) <= limit else min(_glue(text), _glue(" ".join(items)), key=len)
 
@@ -78,16 +78,21 @@ def _candidates(run: Run, exact: bool) -> list[tuple[int, int]]:
 
 
 def runs(items: Sequence[str]) -> list[Run]:
-    """All maximal repetitions with a primitive root, by period, then by start; O(n^2) comparisons of integers."""
-    codes = np.unique(np.array(items, dtype=np.str_), return_inverse=True)[1]
+    """All maximal repetitions with a primitive root, by period, then by start; O(n^2) comparisons of
+    integers."""
+    numbers = {item: number for number, item in enumerate(dict.fromkeys(items))}
+    codes = [numbers[item] for item in items]
     found: dict[tuple[int, int], Run] = {}
-    for period in range(1, len(items) // 2 + 1):
-        same = np.concatenate(([False], codes[period:] == codes[:-period], [False]))
-        starts, ends = np.flatnonzero(same[1:] != same[:-1]).reshape(-1, 2).T
-        for i in np.flatnonzero(ends - starts >= period):
-            start, end = int(starts[i]), int(ends[i]) + period
+    for period in range(1, len(codes) // 2 + 1):
+        # same[i]: items i and i + period are equal; a period's length of ones is a repeat
+        same = bytes(map(operator.eq, codes, codes[period:])) + b"\0"
+        once = b"\1" * period
+        start = same.find(once)
+        while start >= 0:
+            end = same.index(b"\0", start)
             # A stretch already found with a smaller period has a root that is itself a repeat.
-            found.setdefault((start, end), Run(start, end, period))
+            found.setdefault((start, end + period), Run(start, end + period, period))
+            start = same.find(once, end)
     return list(found.values())
 
 

@@ -34,7 +34,8 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; `str()` is the whole report, one line per problem, in the file's order."""
+    """A configuration that cannot be used; `str()` is the whole report, one line per problem, in the file's
+    order."""
 
     def __init__(self, source: str, problems: Iterable[Problem]):
         self.source = source

@@ -1,8 +1,8 @@
 """YAML without its traps: read the way a person reads it, or not at all.
 
-PyYAML's scanner, but not its meaning of words: scalars follow the core schema of YAML 1.2.2, section 10.3, so `3e-4` and
-`1e3` are floats, `010` is ten, and `NO`, `on` and `12:30` are words. A key that stands twice, an alias, an anchor, a tag,
-a merge key, a second document, or a tree deeper than 32 is an error.
+PyYAML's scanner, but not its meaning of words: scalars follow the core schema of YAML 1.2.2, section 10.3, so
+`3e-4` and `1e3` are floats, `010` is ten, and `NO`, `on` and `12:30` are words. A key that stands twice, an
+alias, an anchor, a tag, a merge key, a second document, or a tree deeper than 32 is an error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Document(NamedTuple):
     lines: dict[Path, int]
 
 
-def scalar(text: str) -> None | bool | int | float | str:
+def scalar(text: str) -> bool | int | float | str | None:
     """The value of an unquoted word by the core schema of YAML 1.2.
 
     Raises:
@@ -74,7 +74,8 @@ def scalar(text: str) -> None | bool | int | float | str:
 
 
 def value(text: str) -> Any:
-    """The value of an override: `[...]`, `{...}` and quoted text as in a file, anything else one word or text.
+    """The value of an override: `[...]`, `{...}` and quoted text as in a file, anything else one word or
+    text.
 
     Raises:
         YamlError: as `load` does.
