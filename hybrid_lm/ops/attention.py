@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_lm.ops.backend import define
+from hybrid_lm.ops.precision import wide
 
 # Queries that share one exact mask: memory is BLOCK * keys per head, whatever the length.
 BLOCK = 256
@@ -75,8 +76,8 @@ def _attention_reference(
     k_docs: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v = (m.to(wide) for m in (q, k, v))
+    dtype = q.dtype
+    q, k, v = (m.to(wide(q)) for m in (q, k, v))
     t, s = q.shape[1], k.shape[1]
     # 1. every query head gets its key head
     k, v = (m.repeat_interleave(q.shape[2] // m.shape[2], dim=2) for m in (k, v))
@@ -86,14 +87,14 @@ def _attention_reference(
     # 3. distances back from query to key: negative is the future
     distance = torch.arange(s - t, s, device=q.device)[:, None] - torch.arange(s, device=q.device)  # (t s)
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(wide)[:, None, None] * distance
+        scores = scores - alibi_slopes.to(q.dtype)[:, None, None] * distance
     # 4. who sees whom
     visible = distance >= 0
     visible = visible if window is None else visible & (distance < window)
     if q_docs is not None and k_docs is not None:
         visible = visible & (q_docs[:, :, None] == k_docs[:, None, :])[:, None]
     # 5. weights and their average of the values
-    weights = scores.masked_fill(~visible, torch.finfo(wide).min).softmax(-1)
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
     weights = F.dropout(weights, dropout_p)
     return torch.einsum("bhts,bshp->bthp", weights, v).to(dtype)
 
@@ -168,12 +169,11 @@ def _block(
     if softcap is None:
         mask = visible if bias is None else bias.masked_fill(~visible, -math.inf)
         return _sdpa(q, k, v, scale, mask=mask, dropout_p=dropout_p)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (m.repeat_interleave(q.shape[1] // m.shape[1], dim=1) for m in (k, v))
-    scores = (q @ k.transpose(-1, -2)).to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (q @ k.transpose(-1, -2)).to(wide(q)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * (scores / softcap).tanh()
     scores = scores if bias is None else scores + bias
-    weights = scores.masked_fill(~visible, torch.finfo(wide).min).softmax(-1)
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
     return F.dropout(weights, dropout_p).to(v.dtype) @ v
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm.ops.backend import define
+from hybrid_lm.ops.precision import wide
 
 # Values of one block of tokens: 1 MiB in float32, so that the passes over a block stay in a core's cache.
 _BLOCK = 1 << 18
@@ -47,7 +48,6 @@ def _causal_conv1d_reference(
     initial: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
     b, t, d = x.shape
     w = weight.shape[1]
     state = x.new_zeros(b, w - 1, d) if initial is None else initial.to(x.dtype)
@@ -59,8 +59,8 @@ def _causal_conv1d_reference(
         # 2. the window of w inputs that ends at this token
         window = torch.cat((state, x[:, i : i + 1]), 1)  # (b w d)
         # 3. one weighted sum per channel
-        y = (window.to(wide) * weight.to(wide).T).sum(1)  # (b d)
-        y = y if bias is None else y + bias.to(wide)
+        y = (window.to(wide(x)) * weight.to(wide(x)).T).sum(1)  # (b d)
+        y = y if bias is None else y + bias.to(y.dtype)
         ys.append(F.silu(y) if activation == "silu" else y)
         # 4. slide by one
         state = window[:, 1:]
@@ -85,7 +85,7 @@ def _causal_conv1d_torch(
         if reset is not None:
             initial = torch.where(reset[..., None], 0, initial)
         window = torch.cat((initial, x), 1)
-        y = (window.to(_wide(x)) * weight.to(_wide(x)).T).sum(1, keepdim=True)
+        y = (window.to(wide(x)) * weight.to(wide(x)).T).sum(1, keepdim=True)
         y = y if bias is None else y + bias.to(y.dtype)
         return (F.silu(y) if activation == "silu" else y).to(x.dtype), window[:, 1:]
     y = _conv(x, weight, bias, initial, document, activation == "silu")
@@ -101,7 +101,7 @@ def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor, document: Tensor | None, silu: bool
 ) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    taps = weight.to(_wide(x)).T.contiguous()
+    taps = weight.to(wide(x)).T.contiguous()
     for start, stop in _blocks(x):
         acc, _ = _block(x, taps, bias, initial, document, start, stop)
         y[:, start:stop] = F.silu(acc, inplace=True) if silu else acc
@@ -125,12 +125,12 @@ def _block(
 ) -> tuple[Tensor, list[Tensor]]:
     """The sums of tokens start:stop before the activation, and the w inputs (each (b len d)) that they weigh."""
     b, _, d = x.shape
-    w, wide = taps.shape[0], taps.dtype
+    w = taps.shape[0]
     first = start - w + 1
     window = x[:, max(first, 0) : stop]
     if first < 0:
         window = torch.cat((initial[:, start:], window), 1)
-    window = window.to(wide)
+    window = window.to(taps.dtype)
     inputs = [window[:, k : k + stop - start] for k in range(w)]
     if document is not None:
         known = F.pad(document, (w - 1, 0))[:, start : stop + w - 1]
@@ -156,20 +156,20 @@ def _conv_backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of [initial; x] in one tensor (b w-1+t d), of weight and of bias."""
-    wide, w = _wide(x), weight.shape[1]
+    w = weight.shape[1]
     b, t, d = x.shape
-    taps = weight.to(wide).T.contiguous()
+    taps = weight.to(wide(x)).T.contiguous()
     gx = torch.zeros(b, w - 1 + t, d, dtype=x.dtype, device=x.device)
-    gtaps, gbias = torch.zeros_like(taps), torch.zeros(d, dtype=wide, device=x.device)
-    carry = torch.zeros(b, w - 1, d, dtype=wide, device=x.device)
+    gtaps, gbias = torch.zeros_like(taps), torch.zeros(d, dtype=taps.dtype, device=x.device)
+    carry = torch.zeros(b, w - 1, d, dtype=taps.dtype, device=x.device)
     for start, stop in reversed(_blocks(x)):
         acc, inputs = _block(x, taps, bias, initial, document, start, stop)
-        g = gy[:, start:stop].to(wide)
+        g = gy[:, start:stop].to(taps.dtype)
         if silu:
             g = torch.ops.aten.silu_backward(g, acc)
         if bias is not None:
             gbias += g.sum((0, 1))
-        gwindow = torch.zeros(b, w - 1 + stop - start, d, dtype=wide, device=x.device)
+        gwindow = torch.zeros(b, w - 1 + stop - start, d, dtype=taps.dtype, device=x.device)
         gwindow[:, stop - start :] = carry
         for k, v in enumerate(inputs):
             gtaps[k] += torch.mul(g, v, out=acc).sum((0, 1))
@@ -211,10 +211,6 @@ def _gradient(ctx, gy):
 
 
 _conv.register_autograd(_gradient, setup_context=_setup)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 _causal_conv1d = define("causal_conv1d", reference=_causal_conv1d_reference, torch=_causal_conv1d_torch)

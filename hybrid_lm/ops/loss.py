@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lm.ops.backend import define
+from hybrid_lm.ops.precision import full_precision, wide
 
 # Logits held at once: 16 MiB in float32.
 _LOGITS = 1 << 22
@@ -67,10 +68,9 @@ def _linear_cross_entropy_reference(
     ignore: int = -100,
     chunk: int | None = None,
 ) -> TokenLoss:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     # 1. logits
-    logits = torch.nn.functional.linear(x, weight.to(x.dtype)).to(wide)
-    logits = scale * (logits if bias is None else logits + bias.to(wide))
+    logits = torch.nn.functional.linear(x, weight.to(x.dtype)).to(wide(x))
+    logits = scale * (logits if bias is None else logits + bias.to(logits.dtype))
     logits = logits if softcap is None else softcap * (logits / softcap).tanh()
     # 2. -log p of the label, and of a uniform guess at the label
     scored = labels != ignore
@@ -105,9 +105,9 @@ def _linear_cross_entropy_torch(
 
 
 def _logits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, wide: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype
 ) -> Tensor:
-    logits = (x @ weight.T).to(wide)
+    logits = (x @ weight.T).to(dtype)
     if bias is not None:
         logits += bias
     if scale != 1.0:
@@ -130,11 +130,10 @@ def _loss(
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """objective, nll and logsumexp, each (m)."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    objective, nll, lse = (torch.zeros(len(x), dtype=wide, device=x.device) for _ in range(3))
+    objective, nll, lse = (torch.zeros(len(x), dtype=wide(x), device=x.device) for _ in range(3))
     w = weight.to(product)
     for rows in (labels != ignore).nonzero()[:, 0].split(chunk):
-        logits = _logits(x[rows].to(product), w, bias, scale, softcap, wide)
+        logits = _logits(x[rows].to(product), w, bias, scale, softcap, wide(x))
         total = logits.logsumexp(-1)
         loss = total - logits.gather(-1, labels[rows, None])[:, 0]
         nll[rows], lse[rows] = loss, total
@@ -145,6 +144,7 @@ def _loss(
 
 
 @torch.library.custom_op("hybrid_lm::linear_cross_entropy_backward", mutates_args=())
+@full_precision
 def _loss_backward(
     gobjective: Tensor,
     gnll: Tensor,
@@ -162,14 +162,13 @@ def _loss_backward(
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; the logits are computed again, chunk by chunk."""
-    wide = lse.dtype
     gx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    gweight = torch.zeros(weight.shape, dtype=wide, device=x.device)
-    gbias = torch.zeros(len(weight), dtype=wide, device=x.device)
+    gweight = torch.zeros(weight.shape, dtype=lse.dtype, device=x.device)
+    gbias = torch.zeros(len(weight), dtype=lse.dtype, device=x.device)
     w = weight.to(product)
     for rows in (labels != ignore).nonzero()[:, 0].split(chunk):
         xr = x[rows].to(product)
-        logits = _logits(xr, w, bias, scale, softcap, wide)
+        logits = _logits(xr, w, bias, scale, softcap, wide(x))
         go, gn, total = (v[rows, None] for v in (gobjective, gnll, lse))
         capped = None if softcap is None else logits.div(softcap).square_()
         # d objective / d logit = p (1 + 2 z lse) - (1 - e) [label] - e / v;  d nll / d logit = p - [label]
@@ -184,7 +183,7 @@ def _loss_backward(
         gbias += g.sum(0)
         g = g.to(product)
         gx[rows] = (g @ w).to(x.dtype)
-        if product == wide:
+        if product == lse.dtype:
             gweight.addmm_(g.T, xr)
         else:
             gweight += g.T @ xr
@@ -193,8 +192,7 @@ def _loss_backward(
 
 @_loss.register_fake
 def _(x, weight, labels, bias, scale, softcap, label_smoothing, z_loss, ignore, chunk, product):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return tuple(x.new_empty(x.shape[:1], dtype=wide) for _ in range(3))
+    return tuple(x.new_empty(x.shape[:1], dtype=wide(x)) for _ in range(3))
 
 
 @_loss_backward.register_fake

@@ -5,11 +5,11 @@ RMSNorm: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4. Gated and grouped: Dao 
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm.ops.backend import define
+from hybrid_lm.ops.precision import wide
 
 GateOrder = Literal["gate_norm", "norm_gate", "gate"]
 
@@ -36,7 +36,7 @@ def rms_norm(
 def _rms_norm_reference(
     x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5, unit_offset: bool = False
 ) -> Tensor:
-    v = x.to(_wide(x))
+    v = x.to(wide(x))
     # 1. the root mean square of each vector
     rms = (v.square().mean(-1, keepdim=True) + eps).sqrt()
     # 2. normalise, then scale each channel
@@ -50,10 +50,10 @@ def _rms_norm_reference(
 def _rms_norm_torch(
     x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5, unit_offset: bool = False
 ) -> Tensor:
-    wide = _wide(x)
+    v = x.to(wide(x))
     if weight is not None:
-        weight = weight.to(wide) + 1 if unit_offset else weight.to(wide)
-    return F.rms_norm(x.to(wide), x.shape[-1:], weight, eps).to(x.dtype)
+        weight = weight.to(v.dtype) + 1 if unit_offset else weight.to(v.dtype)
+    return F.rms_norm(v, x.shape[-1:], weight, eps).to(x.dtype)
 
 
 def gated_rms_norm(
@@ -84,7 +84,7 @@ def _gated_rms_norm_reference(
     groups: int = 1,
     order: GateOrder = "gate_norm",
 ) -> Tensor:
-    v, s = y.to(_wide(y)), F.silu(gate.to(_wide(y)))
+    v, s = y.to(wide(y)), F.silu(gate.to(wide(y)))
     # 1. the gate, if it stands before the norm
     if order != "norm_gate":
         v = v * s
@@ -107,23 +107,18 @@ def _gated_rms_norm_torch(
     groups: int = 1,
     order: GateOrder = "gate_norm",
 ) -> Tensor:
-    wide = _wide(y)
-    v, s = y.to(wide), F.silu(gate.to(wide))
+    v, s = y.to(wide(y)), F.silu(gate.to(wide(y)))
     if order != "norm_gate":
         v = v * s
     if order != "gate":
         if groups == 1:
-            v = F.rms_norm(v, v.shape[-1:], None if weight is None else weight.to(wide), eps)
+            v = F.rms_norm(v, v.shape[-1:], None if weight is None else weight.to(v.dtype), eps)
         else:
             v = F.rms_norm(v.unflatten(-1, (groups, -1)), (v.shape[-1] // groups,), None, eps).flatten(-2)
-            v = v if weight is None else v * weight.to(wide)
+            v = v if weight is None else v * weight.to(v.dtype)
     if order == "norm_gate":
         v = v * s
     return v.to(y.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 _rms_norm = define("rms_norm", reference=_rms_norm_reference, torch=_rms_norm_torch)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm.ops.backend import define
+from hybrid_lm.ops.precision import full_precision, wide
 from hybrid_lm.ops.selective_scan_torch import selective_scan_torch
 
 
@@ -44,6 +45,7 @@ def selective_scan(
     )
 
 
+@full_precision
 def _selective_scan_reference(
     x: Tensor,
     dt: Tensor,
@@ -58,11 +60,11 @@ def _selective_scan_reference(
     initial: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dtype, wide = x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
-    x, dt, A, B, C = (v.to(wide) for v in (x, dt, A, B, C))
-    h = x.new_zeros(x.shape[0], *A.shape) if initial is None else initial.to(wide)  # (b d n)
+    dtype, wide_dtype = x.dtype, wide(x)
+    x, dt, A, B, C = (v.to(wide_dtype) for v in (x, dt, A, B, C))
+    h = x.new_zeros(x.shape[0], *A.shape) if initial is None else initial.to(wide_dtype)  # (b d n)
     # 1. the step of every token and channel
-    dt = dt if dt_bias is None else dt + dt_bias.to(wide)
+    dt = dt if dt_bias is None else dt + dt_bias.to(wide_dtype)
     dt = F.softplus(dt) if dt_softplus else dt
     ys = []
     for t in range(x.shape[1]):
@@ -77,8 +79,8 @@ def _selective_scan_reference(
         ys.append((h * C[:, t, None, :]).sum(-1))  # (b d)
     y = torch.stack(ys, 1)
     # 5. the direct path and the gate
-    y = y if D is None else y + D.to(wide) * x
-    y = y if z is None else y * F.silu(z.to(wide))
+    y = y if D is None else y + D.to(wide_dtype) * x
+    y = y if z is None else y * F.silu(z.to(wide_dtype))
     return y.to(dtype), h
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm.ops.backend import define
+from hybrid_lm.ops.precision import full_precision, wide
 from hybrid_lm.ops.ssd_torch import ssd_torch
 
 
@@ -47,6 +48,7 @@ def ssd(
     )  # fmt: skip
 
 
+@full_precision
 def _ssd_reference(
     x: Tensor,
     dt: Tensor,
@@ -62,16 +64,16 @@ def _ssd_reference(
     reset: Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    dtype, wide = x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
-    x, dt, A, B, C = (v.to(wide) for v in (x, dt, A, B, C))
+    dtype, wide_dtype = x.dtype, wide(x)
+    x, dt, A, B, C = (v.to(wide_dtype) for v in (x, dt, A, B, C))
     b, t, h, p = x.shape
     # 1. the step of every token and head
-    dt = dt if dt_bias is None else dt + dt_bias.to(wide)
+    dt = dt if dt_bias is None else dt + dt_bias.to(wide_dtype)
     dt = F.softplus(dt) if dt_softplus else dt
     dt = dt.clamp(*dt_limit)
     # 2. every head gets its group's B and C
     B, C = (v.repeat_interleave(h // v.shape[2], dim=2) for v in (B, C))  # (b t h n)
-    S = x.new_zeros(b, h, p, B.shape[-1]) if initial is None else initial.to(wide)
+    S = x.new_zeros(b, h, p, B.shape[-1]) if initial is None else initial.to(wide_dtype)
     ys = []
     for i in range(t):
         # 3. the decay of every head; 0 where a document starts
@@ -83,7 +85,7 @@ def _ssd_reference(
         ys.append(torch.einsum("bhpn,bhn->bhp", S, C[:, i]))
     y = torch.stack(ys, 1)
     # 5. the direct path
-    y = y if D is None else y + D.to(wide)[:, None] * x
+    y = y if D is None else y + D.to(wide_dtype)[:, None] * x
     return y.to(dtype), S
 
 

@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid_lm.ops.precision import full_precision, wide
 
+
+@full_precision
 def ssd_torch(
     x: Tensor,
     dt: Tensor,
@@ -31,15 +34,14 @@ def ssd_torch(
     reset: Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     b, t, h, p = x.shape
-    A, dt = A.to(wide), dt.to(wide)
-    dt = dt if dt_bias is None else dt + dt_bias.to(wide)
+    A, dt = A.to(wide(x)), dt.to(wide(x))
+    dt = dt if dt_bias is None else dt + dt_bias.to(A.dtype)
     dt = F.softplus(dt) if dt_softplus else dt
     if dt_limit != (0.0, float("inf")) or not dt_softplus:
         dt = dt.clamp(*dt_limit)
-    D = A.new_zeros(h) if D is None else D.to(wide)
-    initial = A.new_zeros(b, h, p, B.shape[-1]) if initial is None else initial.to(wide)
+    D = A.new_zeros(h) if D is None else D.to(A.dtype)
+    initial = A.new_zeros(b, h, p, B.shape[-1]) if initial is None else initial.to(A.dtype)
     if t == 1:
         return _step(x, dt, A, B, C, D, initial, reset)
     y, state, _ = _ssd(x, dt, A, B, C, D, initial, reset, chunk)
@@ -82,15 +84,14 @@ def _load(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reset: Tensor | None, here: slice
 ) -> _Chunk:
     g = B.shape[2]
-    wide = A.dtype
-    B, C = (m[:, here].to(wide).transpose(1, 2).contiguous() for m in (B, C))
-    x = x[:, here].to(wide).transpose(1, 2).unflatten(1, (g, -1))
+    B, C = (m[:, here].to(A.dtype).transpose(1, 2).contiguous() for m in (B, C))
+    x = x[:, here].to(A.dtype).transpose(1, 2).unflatten(1, (g, -1))
     dt = dt[:, here].transpose(1, 2).contiguous()  # (b h c)
     # In float64 the difference of two long sums keeps the precision of the short sum that it stands for.
-    exact = wide if x.device.type == "mps" else torch.float64
+    exact = A.dtype if x.device.type == "mps" else torch.float64
     s = (dt.to(exact) * A.to(exact)[:, None]).cumsum(-1)  # (b h c)
     causal = torch.ones(s.shape[-1], s.shape[-1], dtype=torch.bool, device=s.device).tril_()
-    difference = (s[..., :, None] - s[..., None, :]).to(wide)
+    difference = (s[..., :, None] - s[..., None, :]).to(A.dtype)
     until, after = s, s[..., -1:] - s
     if reset is not None:
         document = reset[:, here].cumsum(1)[:, None]  # (b 1 c), 0 before the first reset of the chunk
@@ -99,7 +100,7 @@ def _load(
         after = after.masked_fill(document != document[..., -1:], -torch.inf)
     # exp(-inf) = 0 exactly, and the backward pass below multiplies by L: no gradient ever sees the -inf.
     L = difference.masked_fill_(~causal, -torch.inf).exp_().unflatten(1, (g, -1))
-    from_start, to_end = (v.to(wide).exp_().unflatten(1, (g, -1)) for v in (until, after))
+    from_start, to_end = (v.to(A.dtype).exp_().unflatten(1, (g, -1)) for v in (until, after))
     dt = dt.unflatten(1, (g, -1))
     M = (C @ B.transpose(-1, -2))[:, :, None] * L
     X = torch.mul(x, dt[..., None]).contiguous()
@@ -150,6 +151,7 @@ def _as_state(S: Tensor, p: int) -> Tensor:
 
 
 @torch.library.custom_op("hybrid_lm::ssd_backward", mutates_args=())
+@full_precision
 def _ssd_backward(
     gy: Tensor, gstate: Tensor,
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reset: Tensor | None, before: Tensor, chunk: int,
@@ -213,9 +215,14 @@ def _(gy, gstate, x, dt, A, B, C, D, reset, before, chunk):
 def _setup(ctx, inputs, output):
     x, dt, A, B, C, D, _, reset, ctx.chunk = inputs
     ctx.save_for_backward(x, dt, A, B, C, D, reset, output[2])
+    # an unused state must not cost zeros of the size of all states between chunks
+    ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, gy, gstate, _):
+    x, before = ctx.saved_tensors[0], ctx.saved_tensors[-1]
+    gy = torch.zeros_like(x) if gy is None else gy
+    gstate = _as_state(torch.zeros_like(before[0]), x.shape[-1]) if gstate is None else gstate
     return *_ssd_backward(gy, gstate, *ctx.saved_tensors, ctx.chunk), None, None
 
 
