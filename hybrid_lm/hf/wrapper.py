@@ -1,0 +1,367 @@
+"""Our model as a `transformers` model: config, causal-LM class, and the memory that `generate` carries.
+
+Importing this module registers the classes, so that a saved model loads here without remote code. The same source, made
+self-contained by `hf.bundle`, is the remote code of an export; it is the only file that imports transformers for models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as hf_init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from hybrid_lm.config.pattern import expand
+from hybrid_lm.config.schema import ModelConfig
+from hybrid_lm.layers.base import Module
+from hybrid_lm.layers.parts import Embedding
+from hybrid_lm.model.build import build_model
+from hybrid_lm.model.init import entries
+from hybrid_lm.model.lm import HybridLM, ModelState
+from hybrid_lm.ops import select
+
+INFINITIES = {".inf": float("inf"), "-.inf": float("-inf")}
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with infinities as YAML writes them (`.inf`), which JSON has no word for, and tuples as lists."""
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    return next(
+        (word for word, number in INFINITIES.items() if isinstance(value, float) and value == number), value
+    )
+
+
+def from_json_safe(value: Any) -> Any:
+    """The inverse of `json_safe`."""
+    if isinstance(value, dict):
+        return {key: from_json_safe(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_json_safe(item) for item in value]
+    return INFINITIES.get(value, value) if isinstance(value, str) else value
+
+
+class HybridLMConfig(PreTrainedConfig):
+    """The architecture (a `model` section with nothing left to defaults) and what the Hugging Face ecosystem asks for.
+
+    Raises ValueError if `vocab_size`, `hidden_size`, `num_hidden_layers` or `tie_word_embeddings` is given and contradicts
+    `architecture`.
+    """
+
+    model_type = "hybrid_lm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(self, architecture: dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any):
+        # transformers makes an empty config to find out what is not a default.
+        self.architecture = None if architecture is None else json_safe(architecture)
+        self.use_cache = use_cache
+        if architecture is not None:
+            model = self.model_config()
+            derived = {
+                "vocab_size": model.vocab_size,
+                "hidden_size": model.d_model,
+                "num_hidden_layers": len(expand(model.pattern, list(model.layers), model.depth)),
+                "tie_word_embeddings": model.embedding.tied,
+            }
+            for key, value in derived.items():
+                if kwargs.get(key, value) != value:
+                    raise ValueError(
+                        f"{key} = {kwargs[key]}, but `architecture` says {value}; `architecture` is what counts"
+                    )
+            kwargs |= derived
+        super().__init__(**kwargs)
+
+    def model_config(self) -> ModelConfig:
+        """The architecture as the `model` section of a run."""
+        if self.architecture is None:
+            raise ValueError(
+                "this HybridLMConfig has no `architecture`; make one with hybrid_lm.to_hf(model)"
+            )
+        return ModelConfig.model_validate(from_json_safe(self.architecture))
+
+
+class HybridLMCache(Cache):
+    """The memory of a model between calls: a `ModelState`, made at the first call, when the batch is known."""
+
+    # The memory grows in Python, so generate must not try to compile its steps.
+    is_compileable = False
+
+    def __init__(self, max_tokens: int | None = None):
+        super().__init__(layers=[])
+        self.state: ModelState | None = None
+        self.max_tokens = max_tokens
+
+    def __bool__(self) -> bool:
+        # `len` counts transformers' own cache layers, of which there are none.
+        return True
+
+    def __repr__(self) -> str:
+        return f"HybridLMCache({self.get_seq_length()} tokens)"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, padding included."""
+        return 0 if self.state is None else self.state.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no longest length."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of a mask over all tokens up to the end of a call of `query_length` tokens."""
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before the first call."""
+        return -1 if self.state is None else self.state.position.shape[0]
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.state = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes the given rows (n,), in that order: beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Takes the given rows (n,), in that order."""
+        if self.state is not None:
+            self.state = self.state.gather(indices.to(self.state.position.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        if self.state is not None:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: ValueError. A recurrence cannot be run backwards."""
+        raise ValueError(
+            "the memory of a recurrent layer cannot be cropped; keep a copy of an earlier cache instead"
+        )
+
+
+class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `HybridLM` behind the interface of `transformers`. `model` is the model itself.
+
+    Tied and shared weights are single parameters of the model, so nothing is tied here and each is saved once.
+    """
+
+    config_class = HybridLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+    # What was read cannot be unread: this makes `generate` refuse assisted decoding.
+    _is_stateful = True
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: HybridLMConfig, model: HybridLM | None = None):
+        super().__init__(config)
+        # from_pretrained builds on the meta device and fills in what it read.
+        device = torch.empty(0).device
+        if model is None:
+            model = build_model(
+                config.model_config(),
+                device=device,
+                dtype=torch.get_default_dtype(),
+                weights=device.type != "meta",
+            )
+        self.model = model
+        self.chosen_for = "cpu" if device.type == "meta" else model.embed.weight.device.type
+        # Those that our own modules keep in float32 too, by name, for a `dtype=bfloat16` of from_pretrained.
+        self._keep_in_fp32_modules_strict = {
+            entry.name.rpartition(".")[2] for entry in entries(model) if entry.spec.kind == "dynamics"
+        }
+        if device.type != "meta":
+            for parameter in model.parameters():
+                parameter._is_hf_initialized = True
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        # transformers calls this for each module; a parameter's start depends on its full name, so it is done once, here.
+        if module is not self:
+            return
+        missing = [
+            entry
+            for entry in entries(self.model)
+            if not getattr(entry.parameter, "_is_hf_initialized", False)
+        ]
+        if missing:
+            fresh = dict(build_model(self.config.model_config()).named_parameters())
+            for entry in missing:
+                hf_init.copy_(entry.parameter, fresh[entry.name])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridLMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        doc_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits for the token after each of `input_ids` (b t), and the loss if there are `labels`.
+
+        attention_mask   (b t), or (b s + t) with what was read before: 1 token, 0 padding
+        position_ids     (b t); where they do not go up, a new document begins, which sees nothing of the one before
+        doc_ids          (b t): 0 padding, documents 1, 2, ... in order, instead of marking them by positions
+        labels           (b t): the tokens themselves, -100 where nothing is scored; shifted here
+        logits_to_keep   only the last k logits, or those at the given indices; 0: all
+
+        Raises ValueError for `inputs_embeds`, masks of other shapes, other caches, and asking for hidden states.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("this model reads `input_ids`; it has no `inputs_embeds`")
+        for asked in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(asked):
+                raise ValueError(f"{asked}: this model does not return them")
+        if past_key_values is not None and not isinstance(past_key_values, HybridLMCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; give the one that an earlier call returned, or none"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = HybridLMCache()
+        self._choose_backends(input_ids.device.type)
+        state = None if past_key_values is None else past_key_values.state
+        if past_key_values is not None and state is None:
+            state = self.model.empty_state(input_ids.shape[0], max_tokens=past_key_values.max_tokens)
+        if position_ids is not None:
+            position_ids = position_ids.expand_as(input_ids)
+        mask = None if attention_mask is None else mask_of(attention_mask, input_ids, state)
+        if doc_ids is None:
+            doc_ids = documents(input_ids, mask, position_ids, state)
+        elif mask is not None:
+            doc_ids = doc_ids * mask
+        x, state = self.model.features(input_ids, state=state, doc_ids=doc_ids, positions=position_ids)
+        if past_key_values is not None:
+            past_key_values.state = state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.logits(x[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _choose_backends(self, device: str) -> None:
+        # The model was built on the meta device, before anybody knew where it would run.
+        if device != self.chosen_for:
+            self.model.backends, self.chosen_for = select("auto", device), device
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation = {kind!r}: this model has one sort of memory; leave it out"
+            )
+        if model_kwargs.get("past_key_values") is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = HybridLMCache(max_tokens=generation_config.max_length)
+
+    def get_input_embeddings(self) -> Embedding:
+        """The module that holds the embedding matrix (v d)."""
+        return self.model.embed
+
+    def set_input_embeddings(self, value: Embedding) -> None:
+        """Puts another embedding in its place."""
+        self.model.embed = value
+
+    def get_output_embeddings(self) -> Embedding:
+        """The module that holds the output matrix (v d): the embedding itself if they are tied."""
+        return self.model.embed if self.model.lm_head is None else self.model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: Embedding) -> None:
+        """Puts another output matrix in its place; with tied weights that is the embedding."""
+        if self.model.lm_head is None:
+            self.model.embed = new_embeddings
+        else:
+            self.model.lm_head = new_embeddings
+
+    @torch.no_grad()
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Embedding:
+        """Cuts or extends the vocabulary; new rows are the mean of the old ones, or zero without `mean_resizing`."""
+        n = new_num_tokens or self.config.vocab_size
+        if pad_to_multiple_of:
+            n = -(-n // pad_to_multiple_of) * pad_to_multiple_of
+        if n != self.config.vocab_size:
+            owners: list[tuple[Module | None, str]] = [
+                (self.model.embed, "weight"),
+                (self.model.lm_head, "weight"),
+                (self.model, "lm_bias"),
+            ]
+            for owner, name in owners:
+                old = None if owner is None else owner._parameters[name]
+                if owner is not None and old is not None:
+                    new = old.new_zeros(n, *old.shape[1:])
+                    new[: len(old)] = old[:n]
+                    if mean_resizing and n > len(old):
+                        new[len(old) :] = old.float().mean(0).to(old.dtype)
+                    owner._parameters[name] = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+            self.config.vocab_size = self.config.architecture["vocab_size"] = n
+            self.model.config = self.model.config.model_copy(update={"vocab_size": n})
+        return self.model.embed
+
+
+def mask_of(attention_mask: Tensor, input_ids: Tensor, state: ModelState | None) -> Tensor:
+    """The part (b t) of a padding mask that belongs to this call's tokens. ValueError for any other mask."""
+    (b, t), seen = input_ids.shape, 0 if state is None else state.seen
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape not in {(b, t), (b, seen + t)}:
+        shape = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise ValueError(
+            f"attention_mask is {shape}; give 1 for tokens and 0 for padding as ({b}, {seen + t})"
+        )
+    return attention_mask[:, -t:].to(torch.int32)
+
+
+def documents(
+    input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, state: ModelState | None
+) -> Tensor | None:
+    """`doc_ids` (b t) from a padding mask (b t) and positions (b t); None: all tokens go on with document 1.
+
+    A token opens a document if it is the row's first, or if its position is not above that of the token before it.
+    """
+    b, t = input_ids.shape
+    fresh = state is None or state.seen == 0
+    if mask is None and (position_ids is None or t == 1) and (state is None or state.doc is None):
+        return None
+    mask = torch.ones_like(input_ids, dtype=torch.int32) if mask is None else mask
+    opened = torch.full_like(mask[:, 0], int(not fresh))
+    if state is not None and state.opened is not None:
+        opened = state.opened
+    opens = (mask.cumsum(1) == 1) & (opened == 0)[:, None]
+    if position_ids is not None:
+        before = position_ids[:, :1] - 1 if fresh else state.position[:, None] - 1
+        opens = opens | (position_ids <= torch.cat([before, position_ids[:, :-1]], 1))
+    doc_ids = (opened[:, None] + (opens & (mask == 1)).cumsum(1)).to(torch.int32) * mask
+    if (state is None or state.doc is None) and bool((doc_ids == 1).all()):
+        return None
+    return doc_ids
+
+
+AutoConfig.register("hybrid_lm", HybridLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(HybridLMConfig, HybridLMForCausalLM, exist_ok=True)
