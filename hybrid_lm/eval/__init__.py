@@ -1,0 +1,1 @@
+"""What a trained model can do: text, recall, lm-eval tasks, paired comparisons, one report."""

@@ -1,0 +1,79 @@
+"""What evaluation leaves in a run's folder: `results.json`, one section per sort of result."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE = "results.json"
+
+
+def read_results(run_dir: str | Path) -> dict[str, Any]:
+    """The sections of a run's results, empty if it has none yet. ValueError names a damaged file."""
+    path = Path(run_dir) / FILE
+    if not path.exists():
+        return {}
+    return _object(path, path.read_text(encoding="utf-8"))
+
+
+def write_results(run_dir: str | Path, **sections: Any) -> Path:
+    """Puts sections into a run's results, beside the others there; the file is replaced as a whole or not at all."""
+    path = Path(run_dir) / FILE
+    write_atomic(path, json.dumps(finite({**read_results(run_dir), **sections}), indent=1) + "\n")
+    return path
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replaces a file: whoever reads it, or looks after a crash, finds the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Adds one line to a JSONL file."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(row)) + "\n")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file, none if there is no file; a last line cut off by a crash is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [_object(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _object(where: str | Path, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: damaged: {error}; delete it and evaluate again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: not a JSON object; delete it and evaluate again")
+    return value
