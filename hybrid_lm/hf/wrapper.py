@@ -1,12 +1,12 @@
 """Our model as a `transformers` model: config, causal-LM class, and the memory that `generate` carries.
 
-Importing this module registers the classes, so that a saved model loads here without remote code. The same source, made
-self-contained by `hf.bundle`, is the remote code of an export; it is the only file that imports transformers for models.
+Importing this module registers the classes, so that a saved model loads here without remote code. The same
+source, made self-contained by `hf.bundle`, is the remote code of an export.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers import initialization as hf_init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from hybrid_lm.config.pattern import expand
 from hybrid_lm.config.schema import ModelConfig
+from hybrid_lm.hf.inputs import documents, mask_of
 from hybrid_lm.layers.base import Module
 from hybrid_lm.layers.parts import Embedding
 from hybrid_lm.model.build import build_model
@@ -29,7 +30,7 @@ INFINITIES = {".inf": float("inf"), "-.inf": float("-inf")}
 
 
 def json_safe(value: Any) -> Any:
-    """`value` with infinities as YAML writes them (`.inf`), which JSON has no word for, and tuples as lists."""
+    """`value` with infinities spelled as YAML does (`.inf`), since JSON cannot, and tuples as lists."""
     if isinstance(value, dict):
         return {key: json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -49,14 +50,14 @@ def from_json_safe(value: Any) -> Any:
 
 
 class HybridLMConfig(PreTrainedConfig):
-    """The architecture (a `model` section with nothing left to defaults) and what the Hugging Face ecosystem asks for.
+    """The architecture (a `model` section, nothing left to defaults) and what Hugging Face's tools ask for.
 
-    Raises ValueError if `vocab_size`, `hidden_size`, `num_hidden_layers` or `tie_word_embeddings` is given and contradicts
-    `architecture`.
+    Raises ValueError if `vocab_size`, `hidden_size`, `num_hidden_layers` or `tie_word_embeddings` is given
+    and contradicts `architecture`.
     """
 
     model_type = "hybrid_lm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, architecture: dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any):
         # transformers makes an empty config to find out what is not a default.
@@ -73,7 +74,7 @@ class HybridLMConfig(PreTrainedConfig):
             for key, value in derived.items():
                 if kwargs.get(key, value) != value:
                     raise ValueError(
-                        f"{key} = {kwargs[key]}, but `architecture` says {value}; `architecture` is what counts"
+                        f"{key} = {kwargs[key]}, but `architecture` says {value}; change it there"
                     )
             kwargs |= derived
         super().__init__(**kwargs)
@@ -88,10 +89,10 @@ class HybridLMConfig(PreTrainedConfig):
 
 
 class HybridLMCache(Cache):
-    """The memory of a model between calls: a `ModelState`, made at the first call, when the batch is known."""
+    """A model's memory between calls: a `ModelState`, made at the first call, when the batch is known."""
 
     # The memory grows in Python, so generate must not try to compile its steps.
-    is_compileable = False
+    is_compileable = False  # pyright: ignore[reportAssignmentType] - a property there
 
     def __init__(self, max_tokens: int | None = None):
         super().__init__(layers=[])
@@ -150,7 +151,7 @@ class HybridLMCache(Cache):
 class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
     """A `HybridLM` behind the interface of `transformers`. `model` is the model itself.
 
-    Tied and shared weights are single parameters of the model, so nothing is tied here and each is saved once.
+    Tied and shared weights are single parameters of the model, so each is saved once.
     """
 
     config_class = HybridLMConfig
@@ -160,7 +161,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
     # What was read cannot be unread: this makes `generate` refuse assisted decoding.
     _is_stateful = True
     _supports_sdpa = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, config: HybridLMConfig, model: HybridLM | None = None):
         super().__init__(config)
@@ -181,11 +182,11 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         }
         if device.type != "meta":
             for parameter in model.parameters():
-                parameter._is_hf_initialized = True
+                setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - not a known attribute
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        # transformers calls this for each module; a parameter's start depends on its full name, so it is done once, here.
+        # Called for each module; a parameter's start depends on its full name, so all are started here.
         if module is not self:
             return
         missing = [
@@ -215,12 +216,12 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits for the token after each of `input_ids` (b t), and the loss if there are `labels`.
 
         attention_mask   (b t), or (b s + t) with what was read before: 1 token, 0 padding
-        position_ids     (b t); where they do not go up, a new document begins, which sees nothing of the one before
+        position_ids     (b t); where they do not go up, a document begins, which sees nothing of the last one
         doc_ids          (b t): 0 padding, documents 1, 2, ... in order, instead of marking them by positions
         labels           (b t): the tokens themselves, -100 where nothing is scored; shifted here
         logits_to_keep   only the last k logits, or those at the given indices; 0: all
 
-        Raises ValueError for `inputs_embeds`, masks of other shapes, other caches, and asking for hidden states.
+        Raises ValueError for `inputs_embeds`, masks of other shapes, other caches, and hidden states.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("this model reads `input_ids`; it has no `inputs_embeds`")
@@ -228,9 +229,8 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             if kwargs.get(asked):
                 raise ValueError(f"{asked}: this model does not return them")
         if past_key_values is not None and not isinstance(past_key_values, HybridLMCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; give the one that an earlier call returned, or none"
-            )
+            kind = type(past_key_values).__name__
+            raise ValueError(f"past_key_values is a {kind}; give what an earlier call returned, or nothing")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -270,7 +270,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation = {kind!r}: this model has one sort of memory; leave it out"
             )
         if model_kwargs.get("past_key_values") is not None:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # pyright: ignore
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = HybridLMCache(max_tokens=generation_config.max_length)
 
@@ -300,7 +300,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Embedding:
-        """Cuts or extends the vocabulary; new rows are the mean of the old ones, or zero without `mean_resizing`."""
+        """Cuts or extends the vocabulary; new rows are the mean of the old, or with `mean_resizing` off zero."""
         n = new_num_tokens or self.config.vocab_size
         if pad_to_multiple_of:
             n = -(-n // pad_to_multiple_of) * pad_to_multiple_of
@@ -321,46 +321,6 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             self.config.vocab_size = self.config.architecture["vocab_size"] = n
             self.model.config = self.model.config.model_copy(update={"vocab_size": n})
         return self.model.embed
-
-
-def mask_of(attention_mask: Tensor, input_ids: Tensor, state: ModelState | None) -> Tensor:
-    """The part (b t) of a padding mask that belongs to this call's tokens. ValueError for any other mask."""
-    (b, t), seen = input_ids.shape, 0 if state is None else state.seen
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape not in {(b, t), (b, seen + t)}:
-        shape = (
-            tuple(attention_mask.shape)
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
-        )
-        raise ValueError(
-            f"attention_mask is {shape}; give 1 for tokens and 0 for padding as ({b}, {seen + t})"
-        )
-    return attention_mask[:, -t:].to(torch.int32)
-
-
-def documents(
-    input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, state: ModelState | None
-) -> Tensor | None:
-    """`doc_ids` (b t) from a padding mask (b t) and positions (b t); None: all tokens go on with document 1.
-
-    A token opens a document if it is the row's first, or if its position is not above that of the token before it.
-    """
-    b, t = input_ids.shape
-    fresh = state is None or state.seen == 0
-    if mask is None and (position_ids is None or t == 1) and (state is None or state.doc is None):
-        return None
-    mask = torch.ones_like(input_ids, dtype=torch.int32) if mask is None else mask
-    opened = torch.full_like(mask[:, 0], int(not fresh))
-    if state is not None and state.opened is not None:
-        opened = state.opened
-    opens = (mask.cumsum(1) == 1) & (opened == 0)[:, None]
-    if position_ids is not None:
-        before = position_ids[:, :1] - 1 if fresh else state.position[:, None] - 1
-        opens = opens | (position_ids <= torch.cat([before, position_ids[:, :-1]], 1))
-    doc_ids = (opened[:, None] + (opens & (mask == 1)).cumsum(1)).to(torch.int32) * mask
-    if (state is None or state.doc is None) and bool((doc_ids == 1).all()):
-        return None
-    return doc_ids
 
 
 AutoConfig.register("hybrid_lm", HybridLMConfig, exist_ok=True)
