@@ -3,9 +3,10 @@
     python -m hybrid_lm.bench scan --threads 1 --out ops.json
     python -m hybrid_lm.bench ssd
 
-All candidates run in one process, round robin, and the median process CPU time is reported: a ratio inside one invocation
-is steadier than a time across invocations. The peak memory of one forward + backward is taken in a fresh process each.
-The peer of `scan` is transformers with `use_mambapy=True` and needs the `mambapy` package.
+All candidates run in one process, round robin, and the median process CPU time is reported: a ratio inside
+one invocation is steadier than a time across invocations. The peak memory of one forward + backward is taken
+in a fresh process each. The peer of `scan` is transformers with `use_mambapy=True` and needs the `mambapy`
+package.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,14 @@ def ssd_inputs(length: int) -> dict[str, Tensor]:
 
 
 def _ours_scan(v: dict[str, Tensor]) -> Tensor:
-    return selective_scan(**v, dt_softplus=True)[0]
+    x, dt, A, B, C = (v[k] for k in ("x", "dt", "A", "B", "C"))
+    return selective_scan(x, dt, A, B, C, D=v["D"], z=v["z"], dt_bias=v["dt_bias"], dt_softplus=True)[0]
 
 
 def _mambapy_scan(v: dict[str, Tensor]) -> Tensor:
-    import mambapy  # noqa: F401  transformers takes its slow loop without a word where this is missing
+    if find_spec("mambapy") is None:
+        # transformers would take its slow loop without a word
+        raise SystemExit("bench scan: the peer needs `pip install mambapy`")
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
     # its layout is channels first; a layer of transformers pays for the same transposes
@@ -73,7 +78,8 @@ def _mambapy_scan(v: dict[str, Tensor]) -> Tensor:
 
 
 def _ours_ssd(v: dict[str, Tensor]) -> Tensor:
-    return ssd(**v, dt_softplus=True)[0]
+    x, dt, A, B, C = (v[k] for k in ("x", "dt", "A", "B", "C"))
+    return ssd(x, dt, A, B, C, D=v["D"], dt_bias=v["dt_bias"], dt_softplus=True)[0]
 
 
 def _transformers_ssd(chunk: int) -> Candidate:

@@ -1,8 +1,8 @@
 """Ops: pure functions on tensors, one signature and several backends each.
 
-Axis letters: b batch, t token, s key, d width, h heads, g groups, p head dim, n state dim, c chunk, w conv width, v vocab,
-m rows; layout (b, t, h, p). Every recurrence takes `initial`, returns its final state, both differentiable, and takes
-`reset (b t)`: true where a document starts.
+Axis letters: b batch, t token, s key, d width, h heads, g groups, p head dim, n state dim, c chunk, w conv
+width, v vocab, m rows; layout (b, t, h, p). Every recurrence takes `initial`, returns its final state, both
+differentiable, and takes `reset (b t)`: true where a document starts.
 """
 
 from hybrid_lm.ops.attention import alibi_slopes, attention

@@ -1,7 +1,7 @@
 """Causal softmax attention with grouped heads, documents, a window, ALiBi and a logit softcap.
 
-Attention: Vaswani et al. 2017, arXiv:1706.03762. Grouped heads: Ainslie et al. 2023, arXiv:2305.13245. ALiBi: Press et al.
-2021, arXiv:2108.12409. Softcap: Gemma 2, arXiv:2408.00118.
+Attention: Vaswani et al. 2017, arXiv:1706.03762. Grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
+ALiBi: Press et al. 2021, arXiv:2108.12409. Softcap: Gemma 2, arXiv:2408.00118.
 """
 
 import math
@@ -35,14 +35,15 @@ def attention(
     """softmax(scale * q k^T + bias, over the keys that a query may see) v.
 
     q             (b t h p)
-    k, v          (b s m p), (b s m pv); s >= t, h a multiple of m: h / m consecutive query heads share a key head.
-                  The last query stands at the last key: query i has the index s - t + i among the keys.
+    k, v          (b s m p), (b s m pv); s >= t, h a multiple of m: h / m consecutive query heads share a key
+                  head. The last query stands at the last key: query i has the index s - t + i among the
+                  keys.
     scale         of the dot products; p ** -0.5 where it is None
     window        tokens that a query sees, itself included; None for all
     softcap       c: the scaled scores become c * tanh(score / c), before bias and mask
     alibi_slopes  (h) float: adds -slope * (distance back to the key, in keys)
-    q_docs        (b t) int, k_docs (b s) int, both or neither: a query sees only keys of its own document. Padding is
-                  document 0 and sees only padding, so that its output is finite.
+    q_docs        (b t) int, k_docs (b s) int, both or neither: a query sees only keys of its own document.
+                  Padding is document 0 and sees only padding, so that its output is finite.
     dropout_p     probability that a weight is dropped
     Returns (b t h pv) in q's dtype.
     """
@@ -50,13 +51,14 @@ def attention(
     run = _attention(backend, q)
     return run(
         q, k, v,
-        scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, q_docs=q_docs, k_docs=k_docs, dropout_p=dropout_p,
+        scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+        q_docs=q_docs, k_docs=k_docs, dropout_p=dropout_p,
     )  # fmt: skip
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
-    """The slopes (n_heads) of ALiBi: 2^(-8 i / n), i = 1..n, for a power of two; else those of the next lower power of
-    two, followed by every second one of twice that number (the authors' code, and MPT)."""
+    """The slopes (n_heads) of ALiBi: 2^(-8 i / n), i = 1..n, for a power of two; else those of the next
+    lower power of two, followed by every second one of twice that number (the authors' code, and MPT)."""
     power = 1 << (n_heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     between = [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)]
@@ -158,7 +160,8 @@ def _block(
     softcap: float | None,
     dropout_p: float,
 ) -> Tensor:
-    """Attention of a block of queries (b h t p) to keys (b m s p) that end where the queries end, by an exact mask."""
+    """Attention of a block of queries (b h t p) to keys (b m s p) that end where the queries end, by an
+    exact mask."""
     t, s = q.shape[2], k.shape[2]
     distance = torch.arange(s - t, s, device=q.device)[:, None] - torch.arange(s, device=q.device)
     visible = distance >= 0

@@ -1,14 +1,14 @@
 """Which implementation of an op runs: decided once, said aloud, never changed in the middle of a run.
 
-An op has one signature and several backends. `reference` (the numbered steps) and `torch` (fast, chunked) always exist;
-a kernel joins with one `register` call that brings a function and an availability check:
+An op has one signature and several backends. `reference` (the numbered steps) and `torch` (fast, chunked)
+always exist; a kernel joins with one `register` call that brings a function and an availability check:
 
-    register("ssd", "mamba_ssm", run=ssd_mamba_ssm, why_not=lambda device: None if device == "cuda" else "CUDA only")
+    register("ssd", "mamba_ssm", run=ssd_mamba_ssm, why_not=lambda d: None if d == "cuda" else "CUDA only")
 
-Nothing here falls back: a backend that is asked for and cannot run is a ValueError that says why and what would work.
+Nothing here falls back: a backend that is asked for and cannot run is a ValueError that says why and what
+would work.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from hybrid_lm.registry import unknown
 
 # Best first; `auto` takes the first one that can run.
 BACKENDS = ("native", "mamba_ssm", "fla", "torch", "reference")
@@ -53,14 +55,15 @@ def _everywhere(device: str) -> str | None:
 def register(
     op: str, backend: str, *, run: Callable[..., Any], why_not: Callable[[str], str | None] = _everywhere
 ) -> None:
-    """Add one backend to an op. A signature that differs from the op's reference is a TypeError naming both."""
+    """Add one backend to an op. A signature unlike the reference's is a TypeError that shows both."""
     assert backend in BACKENDS, backend
     table = _OPS.setdefault(op, {})
     if "reference" in table:
         first = table["reference"].run
         if _shape_of(first) != _shape_of(run):
             raise TypeError(
-                f"{op}: the backends drifted apart:\n  {first.__qualname__}{_shape_of(first)}\n"
+                f"{op}: the backends drifted apart:\n"
+                f"  {first.__qualname__}{_shape_of(first)}\n"
                 f"  {run.__qualname__}{_shape_of(run)}\ngive both the same parameters, kinds and defaults"
             )
     table[backend] = Implementation(run, why_not)
@@ -82,8 +85,8 @@ def define(
 ) -> Callable[[str | None, Tensor], Callable[..., Any]]:
     """Enter an op in the table.
 
-    Returns `pick(backend, tensor)`, which the public function calls to get the implementation; `backend=None` means
-    the best available one for the tensor's device.
+    Returns `pick(backend, tensor)`, which the public function calls to get the implementation;
+    `backend=None` means the best available one for the tensor's device.
     """
     register(op, "reference", run=reference)
     register(op, "torch", run=torch)
@@ -112,9 +115,7 @@ def default_backend(op: str, device: str) -> str:
 @torch.compiler.assume_constant_result
 def _why_not(op: str, backend: str, device: str) -> str | None:
     if backend not in BACKENDS:
-        near = difflib.get_close_matches(backend, BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"there is no such backend{hint} The known ones: {', '.join(('auto', *BACKENDS))}"
+        return unknown("backend", backend, ("auto", *BACKENDS))
     if backend not in _OPS[op]:
         return f"this version has no {backend} kernel for it; it has: {', '.join(_OPS[op])}"
     reason = _OPS[op][backend].why_not(device)
@@ -128,19 +129,15 @@ def select(requested: str | Mapping[str, str] = "auto", device: str = "cpu") -> 
 
     requested  one name for all ops, or {op: name} (ops that are not listed are `auto`)
     device     a device type: "cpu", "cuda", "mps"
-    Returns {op: backend}. Raises ValueError for an unknown op, an unknown backend, and a backend that cannot run here.
+    Returns {op: backend}. Raises ValueError for an unknown op, an unknown backend, and a backend that cannot
+    run here.
     """
-    wanted = (
-        {op: requested for op in _OPS}
-        if isinstance(requested, str)
-        else {op: "auto" for op in _OPS} | dict(requested)
-    )
+    wanted = dict.fromkeys(_OPS, "auto")
+    wanted |= dict.fromkeys(_OPS, requested) if isinstance(requested, str) else requested
     problems = []
     for op, backend in wanted.items():
         if op not in _OPS:
-            near = difflib.get_close_matches(op, _OPS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            problems.append(f"{op}: there is no such op; {hint}The ops: {', '.join(sorted(_OPS))}")
+            problems.append(unknown("op", op, _OPS))
         elif backend != "auto" and (reason := _why_not(op, backend, device)) is not None:
             problems.append(f"{op}: backend {backend!r} cannot run on {device}: {reason}")
     if problems:
@@ -149,7 +146,7 @@ def select(requested: str | Mapping[str, str] = "auto", device: str = "cpu") -> 
 
 
 def report(device: str = "cpu", chosen: Mapping[str, str] | None = None) -> list[Row]:
-    """Every (op, backend) pair, which one is chosen on this device (`chosen`: select's answer), and why not the others."""
+    """Every (op, backend), whether it is chosen (`chosen`: select's answer), and why it cannot run."""
     chosen = select("auto", device) if chosen is None else chosen
     return [
         Row(op, backend, backend == chosen[op], implementation.why_not(device))

@@ -32,9 +32,10 @@ def causal_conv1d(
     weight   (d w), w >= 1
     bias     (d)
     initial  (b w-1 d) the inputs before the first token; zeros where it is None
-    reset    (b t) bool: nothing that stands before a true token (`initial` included) reaches it or what follows it
-    Returns y (b t d) and the state (b w-1 d) to hand on as `initial`: the last w - 1 inputs, those before the last reset
-    zeroed. Both in x's dtype, the sums in float32 (float64 for float64).
+    reset    (b t) bool: nothing that stands before a true token (`initial` included) reaches it or what
+             follows it
+    Returns y (b t d) and the state (b w-1 d) to hand on as `initial`: the last w - 1 inputs, those before
+    the last reset zeroed. Both in x's dtype, the sums in float32 (float64 for float64).
     """
     return _causal_conv1d(backend, x)(x, weight, bias, activation=activation, initial=initial, reset=reset)
 
@@ -123,8 +124,7 @@ def _block(
     start: int,
     stop: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The sums of tokens start:stop before the activation, and the w inputs (each (b len d)) that they weigh."""
-    b, _, d = x.shape
+    """The sums of tokens start:stop before the activation, and the w inputs, each (b len d), in them."""
     w = taps.shape[0]
     first = start - w + 1
     window = x[:, max(first, 0) : stop]
@@ -157,11 +157,11 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of [initial; x] in one tensor (b w-1+t d), of weight and of bias."""
     w = weight.shape[1]
-    b, t, d = x.shape
+    t, d = x.shape[1:]
     taps = weight.to(wide(x)).T.contiguous()
-    gx = torch.zeros(b, w - 1 + t, d, dtype=x.dtype, device=x.device)
+    gx = torch.zeros(len(x), w - 1 + t, d, dtype=x.dtype, device=x.device)
     gtaps, gbias = torch.zeros_like(taps), torch.zeros(d, dtype=taps.dtype, device=x.device)
-    carry = torch.zeros(b, w - 1, d, dtype=taps.dtype, device=x.device)
+    carry = torch.zeros(len(x), w - 1, d, dtype=taps.dtype, device=x.device)
     for start, stop in reversed(_blocks(x)):
         acc, inputs = _block(x, taps, bias, initial, document, start, stop)
         g = gy[:, start:stop].to(taps.dtype)
@@ -169,7 +169,7 @@ def _conv_backward(
             g = torch.ops.aten.silu_backward(g, acc)
         if bias is not None:
             gbias += g.sum((0, 1))
-        gwindow = torch.zeros(b, w - 1 + stop - start, d, dtype=taps.dtype, device=x.device)
+        gwindow = torch.zeros(len(x), w - 1 + stop - start, d, dtype=taps.dtype, device=x.device)
         gwindow[:, stop - start :] = carry
         for k, v in enumerate(inputs):
             gtaps[k] += torch.mul(g, v, out=acc).sum((0, 1))
@@ -182,7 +182,7 @@ def _conv_backward(
 
 
 def _same_document(g: Tensor, document: Tensor, lag: int, start: int, stop: int) -> Tensor:
-    """g where the token `lag` (<= 0) places on belongs to the same document, else 0; a given state is document 0."""
+    """g where the input that tap `lag` (<= 0) reads is in the token's document, else 0; `initial` is in 0."""
     before = F.pad(document, (-lag, 0))[:, start:stop]
     return torch.where((before == document[:, start:stop])[..., None], g, 0)
 

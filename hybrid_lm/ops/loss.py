@@ -1,7 +1,7 @@
 """Cross-entropy of a linear layer's outputs without ever holding all logits.
 
-Options: label smoothing, Szegedy et al. 2015, arXiv:1512.00567, section 7; z-loss, Chowdhery et al. 2022, arXiv:2204.02311,
-section 5; softcap, Gemma 2, arXiv:2408.00118.
+Options: label smoothing, Szegedy et al. 2015, arXiv:1512.00567, section 7; z-loss, Chowdhery et al. 2022,
+arXiv:2204.02311, section 5; softcap, Gemma 2, arXiv:2408.00118.
 """
 
 from typing import NamedTuple
@@ -45,13 +45,14 @@ def linear_cross_entropy(
     label_smoothing  e: the target is (1 - e) on the label plus e / v on every class
     z_loss           coefficient of logsumexp(logits)^2
     chunk            rows whose logits exist at one time; None chooses by v
-    Returns TokenLoss(objective (m), nll (m)), float32 (float64 for float64 x). The products run in x's dtype, or in
-    autocast's where it is on; softmax and sums run in float32.
+    Returns TokenLoss(objective (m), nll (m)), float32 (float64 for float64 x). The products run in x's
+    dtype, or in autocast's where it is on; softmax and sums run in float32.
     """
     run = _linear_cross_entropy(backend, x)
     return run(
         x, weight, labels,
-        bias=bias, scale=scale, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss, ignore=ignore, chunk=chunk,
+        bias=bias, scale=scale, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
+        ignore=ignore, chunk=chunk,
     )  # fmt: skip
 
 

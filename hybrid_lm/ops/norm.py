@@ -1,6 +1,7 @@
 """Root-mean-square norms: plain, and with the gate of Mamba-2.
 
-RMSNorm: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4. Gated and grouped: Dao & Gu 2024, arXiv:2405.21060, section 7.
+RMSNorm: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4. Gated and grouped: Dao & Gu 2024, arXiv:2405.21060,
+section 7.
 """
 
 from typing import Literal
@@ -69,7 +70,8 @@ def gated_rms_norm(
     """The output norm of Mamba-2: RMS over each of `groups` equal slices of the channels, and a silu gate.
 
     y, gate  (... d);  weight (d) or None
-    order    "gate_norm": norm(y * silu(gate)) (Mamba-2);  "norm_gate": norm(y) * silu(gate);  "gate": y * silu(gate)
+    order    "gate_norm": norm(y * silu(gate)) (Mamba-2);  "norm_gate": norm(y) * silu(gate);  "gate": y *
+             silu(gate)
     Returns (... d) in y's dtype; the arithmetic is float32 (float64 for float64).
     """
     return _gated_rms_norm(backend, y)(y, gate, weight, eps=eps, groups=groups, order=order)

@@ -1,8 +1,9 @@
 """Rotary position embeddings and their scaling rules.
 
-RoPE: Su et al. 2021, arXiv:2104.09864, eq. 15. linear: Chen et al. 2023, arXiv:2306.15595. dynamic: NTK-aware base change by
-length. yarn: Peng et al. 2023, arXiv:2309.00071. longrope: Ding et al. 2024, arXiv:2402.13753. llama3: the Llama 3.1 release.
-The option names are those of transformers' `rope_parameters`, so that a config moves between the two unchanged.
+RoPE: Su et al. 2021, arXiv:2104.09864, eq. 15. linear: Chen et al. 2023, arXiv:2306.15595. dynamic:
+NTK-aware base change by length. yarn: Peng et al. 2023, arXiv:2309.00071. longrope: Ding et al. 2024,
+arXiv:2402.13753. llama3: the Llama 3.1 release. The option names are those of transformers'
+`rope_parameters`, so that a config moves between the two unchanged.
 """
 
 import math
@@ -28,7 +29,8 @@ def rope_table(
     positions      (b t) integers, in tokens from the start of the document
     dim            rotated channels per head, even
     theta          base of the wavelengths, in tokens / (2 pi)
-    scaling        {"rope_type": one of SCALINGS, ...} with transformers' keys (`factor`, `beta_fast`, `long_factor`, ...)
+    scaling        {"rope_type": one of SCALINGS, ...} with transformers' keys (`factor`, `beta_fast`,
+                   `long_factor`, ...)
     max_positions  the model's configured length in tokens: needed by "dynamic", and where `factor` or
                    `original_max_position_embeddings` is left out
     Returns cos, sin, each (b t dim/2) float32, with yarn's and longrope's attention factor multiplied in.
@@ -53,25 +55,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 
     x            (b t h p)
     cos, sin     (b t r) with 2 r <= p
-    interleaved  pairs are channels (0, 1), (2, 3), ... (the paper, GPT-J); otherwise (0, r), (1, r + 1), ... (Llama)
+    interleaved  pairs are channels (0, 1), (2, 3), ... (the paper, GPT-J); otherwise (0, r), (1, r + 1), ...
+                 (Llama)
     Returns (b t h p) in x's dtype.
     """
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
     cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    else:
-        first, second = turned[..., :half], turned[..., half:]
-    first, second = first * cos - second * sin, second * cos + first * sin
-    if interleaved:
-        turned = torch.stack((first, second), -1).flatten(-2)
-    else:
-        turned = torch.cat((first, second), -1)
+    # (..., r, 2) or (..., 2, r): the axis of length 2 holds the two channels of a pair
+    pair = -1 if interleaved else -2
+    first, second = turned.unflatten(-1, (half, 2) if interleaved else (2, half)).unbind(pair)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), pair).flatten(-2)
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-# Each rule: (dim, theta, options, max_positions, length, device) -> (frequencies (dim/2) in radians per token, factor).
+# Each rule gives the frequencies (dim/2), in radians per token, and the factor on cos and sin.
 Frequencies = tuple[Tensor, float]
 
 
@@ -105,7 +103,7 @@ def _yarn(dim, theta, options, max_positions, length, device) -> Frequencies:
     fast, slow = options.get("beta_fast") or 32, options.get("beta_slow") or 1
 
     def channel(turns: float) -> float:
-        # The channel whose wavelength fits `turns` times into the original length: eq. 17 solved for the index.
+        # the channel whose wave fits `turns` times into the original length
         return dim * math.log(limit / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = channel(fast), channel(slow)
@@ -120,7 +118,8 @@ def _yarn(dim, theta, options, max_positions, length, device) -> Frequencies:
 
 
 def _yarn_factor(options: Mapping[str, Any], factor: float) -> float:
-    """The attention temperature (eq. 22), or the ratio of two of them when DeepSeek's mscale settings are given."""
+    """The attention temperature (eq. 22), or the ratio of two of them when DeepSeek's mscale settings are
+    given."""
     if (given := options.get("attention_factor")) is not None:
         return given
 
@@ -170,7 +169,7 @@ def _original(options: Mapping[str, Any], max_positions: int | None, kind: str) 
     limit = max_positions if limit is None else limit
     if limit is None:
         raise ValueError(
-            f"rope: {kind} needs the original length in tokens: `original_max_position_embeddings` or max_positions"
+            f"rope: {kind} needs the original length: `original_max_position_embeddings` or max_positions"
         )
     return limit
 

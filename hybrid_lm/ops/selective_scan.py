@@ -1,4 +1,5 @@
-"""The selective scan of Mamba (S6): a diagonal linear recurrence whose step, input and output depend on the token.
+"""The selective scan of Mamba (S6): a diagonal linear recurrence whose step, input and output depend on the
+token.
 
 Gu & Dao 2023, arXiv:2312.00752, eq. 2 with the discretisation of section 3.6 (A: zero-order hold, B: Euler).
 This file: the signature and the reference. The fast form is in `selective_scan_torch.py`.
@@ -37,7 +38,8 @@ def selective_scan(
     D        (d) weight of the direct path from x to y
     initial  (b d n) state before the first token; zeros where it is None
     reset    (b t) bool: the decay into a true token is 0, so nothing that stands before it reaches it
-    Returns y (b t d) in x's dtype and the final state (b d n) in float32 (float64 for float64 x), in which all is computed.
+    Returns y (b t d) in x's dtype and the final state (b d n) in float32 (float64 for float64 x), in which
+    all is computed.
     """
     run = _selective_scan(backend, x)
     return run(

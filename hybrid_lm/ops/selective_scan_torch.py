@@ -1,8 +1,9 @@
 """The selective scan in plain PyTorch: chunks of big operations around one fused multiply-add per token.
 
-Inside a chunk the buffers are (c b n d): one token's (b n d) slab is contiguous, so the recurrence is one `addcmul` per
-token on a slab that fits in cache, and channels, the long axis, are innermost. The forward pass keeps only its inputs
-and the states between chunks; the backward pass computes each chunk again. Memory and time are linear in t.
+Inside a chunk the buffers are (c b n d): one token's (b n d) slab is contiguous, so the recurrence is one
+`addcmul` per token on a slab that fits in cache, and channels, the long axis, are innermost. The forward
+pass keeps only its inputs and the states between chunks; the backward pass computes each chunk again. Memory
+and time are linear in t.
 """
 
 from typing import NamedTuple
@@ -80,7 +81,7 @@ class _Inputs(NamedTuple):
 
 
 class _Chunks:
-    """Cuts the inputs of one call into chunks and runs the recurrence in buffers (c b n d) that are made once."""
+    """Cuts the inputs of one call into chunks; the recurrence runs in buffers (c b n d) made once."""
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class _Chunks:
         reset: Tensor | None,
     ):
         b, self.length, d = x.shape
-        self.tensors = (x, dt, B, C, z)
+        self.tensors, self.z = (x, dt, B, C), z
         self.A = A.T.contiguous()  # (n d)
         self.D = None if D is None else D.to(A.dtype)
         self.dt_bias, self.softplus, self.reset = dt_bias, dt_softplus, reset
@@ -106,13 +107,14 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-self.length // CHUNK)
 
-    def cut(self, v: Tensor | None, k: int) -> Tensor | None:
+    def cut(self, v: Tensor, k: int) -> Tensor:
         """Chunk k of (b t ...) as (c b ...)."""
-        here = None if v is None else v[:, k * CHUNK : (k + 1) * CHUNK].transpose(0, 1)
-        return here if here is None else here.to(self.A.dtype, memory_format=torch.contiguous_format)
+        here = v[:, k * CHUNK : (k + 1) * CHUNK].transpose(0, 1)
+        return here.to(self.A.dtype).contiguous()
 
     def load(self, k: int) -> _Inputs:
-        x, dt, B, C, z = (self.cut(v, k) for v in self.tensors)
+        x, dt, B, C = (self.cut(v, k) for v in self.tensors)
+        z = None if self.z is None else self.cut(self.z, k)
         raw = dt if self.dt_bias is None else dt + self.dt_bias
         dt = F.softplus(raw) if self.softplus else raw
         reset = None if self.reset is None else self.reset[:, k * CHUNK : (k + 1) * CHUNK].T
@@ -149,7 +151,7 @@ def _scan(
     initial: Tensor,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b t d), the final state (b d n), and the state before every chunk (k b n d) for the backward pass."""
+    """y (b t d), the final state (b d n), and the state before every chunk (k b n d) for the backward."""
     chunks = _Chunks(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reset)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = initial.transpose(1, 2)
@@ -216,7 +218,7 @@ def _scan_backward(
         gv = ginput * v.dt
         if chunks.D is not None:
             gv.addcmul_(gout, chunks.D)
-            gD += gout.mul_(v.x).sum((0, 1))
+            gD += (gout * v.x).sum((0, 1))
         gx[:, here] = gv.transpose(0, 1)
         # 4. through the decay exp(dt_t A): its exponent's gradient is decay_t h_{t-1} g_t
         gs[0].mul_(before[k])

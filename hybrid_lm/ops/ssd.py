@@ -1,7 +1,8 @@
-"""State-space duality (SSD), the recurrence of Mamba-2: one scalar decay per head and token, a matrix state per head.
+"""State-space duality (SSD), the recurrence of Mamba-2: one scalar decay per head and token, a matrix state
+per head.
 
-Dao & Gu 2024, arXiv:2405.21060, eq. 16 and section 6. This file: the signature and the reference. The fast form is in
-`ssd_torch.py`.
+Dao & Gu 2024, arXiv:2405.21060, eq. 16 and section 6. This file: the signature and the reference. The fast
+form is in `ssd_torch.py`.
 """
 
 import torch
@@ -32,19 +33,22 @@ def ssd(
     """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T;  y_t = S_t C_t + D x_t, in every head.
 
     x        (b t h p)
-    dt       (b t h) step size; `dt_bias` (h) is added first, then softplus if `dt_softplus`, then clamped to `dt_limit`
+    dt       (b t h) step size; `dt_bias` (h) is added first, then softplus if `dt_softplus`, then clamped to
+             `dt_limit`
     A        (h) negative: the rate of decay per unit of dt
     B, C     (b t g n), h a multiple of g: h / g consecutive heads share one group's B and C
     D        (h) weight of the direct path from x to y
     initial  (b h p n) state before the first token; zeros where it is None
     reset    (b t) bool: the decay into a true token is 0, so nothing that stands before it reaches it
     chunk    tokens that the fast form handles at once; any value gives the same result up to rounding
-    Returns y (b t h p) in x's dtype and the final state (b h p n) in float32 (float64 for float64 x), in which all is computed.
+    Returns y (b t h p) in x's dtype and the final state (b h p n) in float32 (float64 for float64 x), in
+    which all is computed.
     """
     run = _ssd(backend, x)
     return run(
         x, dt, A, B, C,
-        D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, initial=initial, reset=reset, chunk=chunk,
+        D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
+        initial=initial, reset=reset, chunk=chunk,
     )  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """SSD in plain PyTorch: one chunk of tokens at a time, everything inside a chunk as matrix products.
 
-Within a chunk (Dao & Gu 2024, arXiv:2405.21060, section 6; i, j tokens of the chunk, X_j = dt_j x_j, S the state before it):
+Within a chunk (Dao & Gu 2024, arXiv:2405.21060, section 6; i, j tokens of the chunk, X_j = dt_j x_j, S the
+state before it):
     y_i = sum_{j <= i} (C_i . B_j) exp(s_i - s_j) X_j  +  exp(s_i) S C_i,      s_i = sum_{k <= i} dt_k A
     S' = exp(s_last) S + sum_j exp(s_last - s_j) X_j B_j^T
-C.B^T is computed once per group, and a group's heads share one product with the state. The forward pass keeps only the
-states between chunks; the backward pass computes each chunk again. Memory and time are linear in t.
+C.B^T is computed once per group, and a group's heads share one product with the state. The forward pass
+keeps only the states between chunks; the backward pass computes each chunk again. Memory and time are linear
+in t.
 
-Axes: b batch, c token of the chunk, g group, r head of the group, p head dim, n state dim; the state is held as (b g n r p).
+Axes: b batch, c token of the chunk, g group, r head of the group, p head dim, n state dim; the state is held
+as (b g n r p).
 """
 
 from typing import NamedTuple
@@ -100,7 +103,7 @@ def _load(
         after = after.masked_fill(document != document[..., -1:], -torch.inf)
     # exp(-inf) = 0 exactly, and the backward pass below multiplies by L: no gradient ever sees the -inf.
     L = difference.masked_fill_(~causal, -torch.inf).exp_().unflatten(1, (g, -1))
-    from_start, to_end = (v.to(A.dtype).exp_().unflatten(1, (g, -1)) for v in (until, after))
+    from_start, to_end = (v.to(A.dtype).exp().unflatten(1, (g, -1)) for v in (until, after))
     dt = dt.unflatten(1, (g, -1))
     M = (C @ B.transpose(-1, -2))[:, :, None] * L
     X = torch.mul(x, dt[..., None]).contiguous()
@@ -124,7 +127,8 @@ def _ssd(
     reset: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b t h p), the final state (b h p n), and the state before every chunk (k b g n rp) for the backward pass."""
+    """y (b t h p), the final state (b h p n), and the state before every chunk (k b g n rp) for the backward
+    pass."""
     b, t, h, p = x.shape
     g, n = B.shape[2:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -153,8 +157,8 @@ def _as_state(S: Tensor, p: int) -> Tensor:
 @torch.library.custom_op("hybrid_lm::ssd_backward", mutates_args=())
 @full_precision
 def _ssd_backward(
-    gy: Tensor, gstate: Tensor,
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reset: Tensor | None, before: Tensor, chunk: int,
+    gy: Tensor, gstate: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    reset: Tensor | None, before: Tensor, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D and the initial state, chunk by chunk from the end."""
     p, g = x.shape[3], B.shape[2]
