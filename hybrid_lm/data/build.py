@@ -6,35 +6,31 @@ encodes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybrid_lm.config.schema import TextData, TokenizerConfig
+from hybrid_lm.data.encode import encode_all, worker_count
 from hybrid_lm.data.store import FORMAT, SPLITS, StoreError, TokenStore, is_store, sha256_of
-from hybrid_lm.data.text import Document, documents
-from hybrid_lm.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from hybrid_lm.data.text import documents
+from hybrid_lm.data.tokenizer import Tokenizer, make_tokenizer
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of text that are done and those that there are."""
 VAL_FRACTION = 0.05
-# Large enough that a hand-over to a process costs little beside encoding, small enough that all of them share
-# the work.
-BATCH_BYTES = 1_000_000
 
 
 def prepare(
@@ -68,7 +64,7 @@ def prepare(
     config = tokenizer if isinstance(tokenizer, TokenizerConfig) else None
     if isinstance(tokenizer, TokenizerConfig):
         # Held-out text must not shape the vocabulary that is judged on it.
-        texts = (text for (_, text), held in zip(documents(path), corpus.held_out, strict=True) if not held)
+        texts = (text for (_, text), held in zip(documents(path), corpus.held_out, strict=False) if not held)
         tokenizer = make_tokenizer(tokenizer, texts)
     origin = {
         "source": Path(path).name,
@@ -79,7 +75,7 @@ def prepare(
         "val_fraction": val_fraction,
         "tokenizer_config": config and config.model_dump(),
     }
-    workers = workers or (1 if tokenizer.kind == "bytes" else _workers(corpus.n_bytes))
+    workers = workers or (1 if tokenizer.kind == "bytes" else worker_count(corpus.n_bytes))
     with _new_folder(out, overwrite) as folder:
         _build(folder, path, corpus, tokenizer, origin, workers, progress or (lambda done, total: None))
     return TokenStore.open(out)
@@ -146,7 +142,7 @@ def survey(path: str | Path, val_fraction: float) -> Corpus:
         held_out=[digest in val for digest in digests],
         n_bytes=n_bytes,
         sha256=hashlib.sha256(b"".join(digests)).hexdigest(),
-        skipped={reason: count for reason, count in sorted(skipped.items()) if count},
+        skipped=dict(sorted(skipped.items())),
     )
 
 
@@ -167,7 +163,7 @@ def _build(
     digests, done = hashlib.sha256(), 0
     held_out = iter(corpus.held_out)
     try:
-        for encoded in _encode_all(documents(path), tokenizer, folder / "tokenizer", workers):
+        for encoded in encode_all(documents(path), tokenizer, folder / "tokenizer", workers):
             for ids, n_bytes, digest in encoded:
                 parts["val" if next(held_out, False) else "train"].append(ids, n_bytes)
                 digests.update(digest)
@@ -232,76 +228,6 @@ class _Part:
         return {"n_documents": len(index), "n_tokens": self.n_tokens + 1, "n_bytes": int(index[:, 1].sum())}
 
 
-Encoded = list[tuple[np.ndarray, int, bytes]]
-"""Ids, bytes of text and SHA-256 of each document of a batch."""
-_tokenizer: Tokenizer | None = None
-
-
-def _encode_all(
-    corpus: Iterable[Document], tokenizer: Tokenizer, saved: Path, workers: int
-) -> Iterator[Encoded]:
-    if workers == 1:
-        yield from (_encode(tokenizer, batch) for batch in _batches(corpus))
-        return
-    # spawn: a forked child of a process with threads (torch, tokenizers) may hang.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load, initargs=(saved,))
-    waiting: deque = deque()
-    try:
-        # A window of tasks, because Executor.map would first read the whole corpus into memory.
-        for batch in _batches(corpus):
-            waiting.append(pool.submit(_encode_here, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "preparing with several workers: one of them died (out of memory, or a script without "
-            "`if __name__ == '__main__':`); workers=1 needs no processes"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _workers(n_bytes: int) -> int:
-    """A process per core, but none that would start up for less than a few batches."""
-    return min(os.cpu_count() or 1, 1 + n_bytes // (4 * BATCH_BYTES))
-
-
-def _load(saved: Path) -> None:
-    global _tokenizer
-    _tokenizer = load_tokenizer(saved)
-
-
-def _encode_here(batch: list[Document]) -> Encoded:
-    assert _tokenizer is not None
-    return _encode(_tokenizer, batch)
-
-
-def _encode(tokenizer: Tokenizer, batch: list[Document]) -> Encoded:
-    encoded = []
-    for name, text in batch:
-        data = text.encode("utf-8")
-        try:
-            ids = tokenizer.encode(text)
-        except ValueError as error:
-            raise ValueError(f"document {name}: {error}") from error
-        encoded.append((ids, len(data), hashlib.sha256(data).digest()))
-    return encoded
-
-
-def _batches(corpus: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in corpus:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _check_free(path: str | Path, out: Path, overwrite: bool) -> None:
     """Refuses a place that holds something else, before any work."""
     if out.exists() and not out.is_dir():
@@ -311,6 +237,14 @@ def _check_free(path: str | Path, out: Path, overwrite: bool) -> None:
             raise StoreError(f"{out}: the folder is not empty and no token store; choose another place")
         if not overwrite:
             raise StoreError(f"{out}: a token store is already there; choose another place, or say overwrite")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise StoreError(f"{out}: {above} is a file; choose another place")
+    if not os.access(above, os.W_OK):
+        raise OSError(
+            errno.EACCES,
+            f"cannot write a token store in {above}: read-only or not yours; choose another place",
+        )
     source = Path(path).resolve()
     if source.is_dir() and source in out.resolve().parents:
         raise StoreError(

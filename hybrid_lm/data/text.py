@@ -89,7 +89,9 @@ def _walk(root: Path, skipped: Counter[str], without: AbstractSet[str] = frozens
     """
     files = []
     for folder, subfolders, names in os.walk(root):
-        skipped["hidden"] += sum(name.startswith(".") for name in subfolders + names)
+        hidden = sum(name.startswith(".") for name in subfolders + names)
+        if hidden:
+            skipped["hidden"] += hidden
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in without]
         files += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(files, key=lambda file: file.relative_to(root).parts)

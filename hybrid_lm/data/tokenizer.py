@@ -155,6 +155,9 @@ class HFTokenizer(BackendTokenizer):
     kind = "huggingface"
 
     def __init__(self, path: str | Path, name: str | None = None):
+        # A hub name has at most one slash; what looks like a path must not be sought on a network.
+        if not Path(path).exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
+            raise ValueError(f"tokenizer {path}: no such folder")
         transformers = need("transformers", f"the tokenizer {path}")
         self.name = name or (Path(path).resolve().name if Path(path).exists() else str(path))
         try:

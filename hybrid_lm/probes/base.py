@@ -61,7 +61,7 @@ class Probe(ABC):
             faults = [
                 f"{fault['loc'][0]} = {fault['input']!r}: {fault['msg']}"
                 if fault["loc"]
-                else str(fault["ctx"]["error"])
+                else fault["msg"].removeprefix("Value error, ")
                 for fault in error.errors()
             ]
             raise ValueError(f"probe {cls.name}: {'; '.join(faults)}") from None

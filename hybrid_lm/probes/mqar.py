@@ -60,7 +60,8 @@ class MQAR(Probe):
     tokens per pair every slot is taken and `power_a` only orders them.
 
     What keeps train and test apart: the first pair of an example is drawn from one half of all (key, value)
-    pairs for train, from the other for test, the halves fixed by a hash. Later pairs are free.
+    pairs for train, from the other for test, the halves fixed by a hash. Later pairs are free. This is the
+    one difference from the published generator.
     """
 
     name = "mqar"
