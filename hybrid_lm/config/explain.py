@@ -55,7 +55,10 @@ def explain(
             reasons = findings.setdefault(fault.path, [])
             if fault.reason not in reasons:
                 reasons.append(fault.reason)
-    return [Finding(path, " or ".join(reasons)) for path, reasons in findings.items()]
+    return [
+        Finding(path, " or ".join(reasons).replace(" or must be ", " or "))
+        for path, reasons in findings.items()
+    ]
 
 
 def _fault(root: type[BaseModel], data: Any, detail: Mapping[str, Any], more: Iterable[str]) -> _Fault:

@@ -40,7 +40,8 @@ class Recipes:
     def __init__(self, model: Mapping[str, Any]):
         self.model = model
         layers = model.get("layers")
-        self.raw: Mapping[str, Any] = layers if isinstance(layers, Mapping) else {}
+        layers = layers if isinstance(layers, Mapping) else {}
+        self.raw = {name: recipe for name, recipe in layers.items() if isinstance(name, str)}
         self.options: dict[str, BaseModel] = {}
         self.findings: list[Finding] = []
         self.seen: set[tuple[str, int | None]] = set()
@@ -83,7 +84,7 @@ class Recipes:
         try:
             return expand(text, list(self.raw), depth)
         except PatternError as error:
-            # pydantic shows the value already; the caret needs the text below it
+            # The report shows the whole value; the caret needs the text right above it.
             reason = f"{error.message} (column {error.column})"
             self.add(path, reason, caret(error.text, error.column, indent="    "))
             return ()

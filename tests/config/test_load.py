@@ -1,6 +1,9 @@
 """The configuration edge: files, shipped names and overrides in, one report of all problems out."""
 
+import copy
 import math
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -130,7 +133,7 @@ def changed(changes):
         ),
         (
             {"d_ff: 128": "d_ff: 128, share: 3"},
-            "run.yaml:7: model.layers.f.share = 3: must be true or false or ",
+            "run.yaml:7: model.layers.f.share = 3: must be true or false or a mapping of keys",
         ),
         (
             {"d_ff: 128": "d_ff: 128, share: {copys: 2}"},
@@ -299,7 +302,73 @@ def test_data_in_memory(write):
     assert data["model"]["d_model"] == 8  # the caller's data stays as it was
     with pytest.raises(ConfigError, match="config: model: missing"):
         parse_config({})
+    with pytest.raises(ConfigError, match=r"config: model\.layers\.1"):
+        parse_config({"model": {**data["model"], "layers": {1: {"type": "mlp"}}}})
     assert issubclass(ConfigError, ValueError)
+
+
+BASE = {
+    "model": {
+        "d_model": 32,
+        "pattern": "m (z f)x2",
+        "layers": {
+            "m": {"type": "mamba2", "d_state": 8, "head_dim": 16},
+            "s": {"type": "attention", "n_heads": 4, "rope": {"theta": 100.0}, "share": {"copies": 2}},
+            "z": {"type": "inject", "block": "s", "into": "m"},
+            "f": {"type": "mlp", "d_ff": 8, "residual": {"norm": "layernorm"}},
+        },
+        "embedding": {"positions": "learned", "max_positions": 300},
+    },
+    "data": {"kind": "text", "tokenizer": {"kind": "bytes"}},
+    "train": {"optimizer": {"betas": [0.9, 0.95]}, "backend": {"ssd": "torch"}},
+}
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["m", "z", "text"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def paths(data, path=()):
+    yield path
+    if isinstance(data, dict):
+        for key, inner in data.items():
+            yield from paths(inner, (*path, key))
+
+
+@given(st.lists(st.tuples(st.sampled_from([*paths(BASE)][1:]), VALUES), min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_any_value_anywhere_is_accepted_or_reported(changes):
+    data = copy.deepcopy(BASE)
+    for path, value in changes:
+        place = data
+        for part in path[:-1]:
+            place = place.get(part) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place[path[-1]] = value
+    try:
+        config = parse_config(data)
+    except ConfigError as error:
+        told = str(error)
+    else:
+        told = dump_yaml(config)
+    assert told
+
+
+def test_an_unknown_probe(write):
+    told = report(write(GOOD.replace("train:", "data: {kind: probe, probe: mqra}\ntrain:")))
+    assert told.startswith("run.yaml:8: data.probe = 'mqra': unknown probe 'mqra'; known: ")
+    assert told.endswith("Did you mean 'mqar'?")
+
+
+def test_the_edge_needs_no_torch():
+    code = "import sys, hybrid_lm.config.load, hybrid_lm.config.notation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.fixture
