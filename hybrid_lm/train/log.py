@@ -1,0 +1,213 @@
+"""What a run says while it trains: a JSONL file always, the terminal, and Weights & Biases if asked.
+
+A record is flat: `{"kind": "train", "step": 10, "loss": 5.1, ...}`. Kinds: train, eval, event (`text` says what happened).
+A place to log that fails is given up with one warning; the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hybrid_lm.config.schema import WandbConfig
+from hybrid_lm.train.disk import replace_text
+
+Record = dict[str, Any]
+METRICS = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """A place that records go to."""
+
+    name: str
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Log:
+    """Hands every record to every sink."""
+
+    def __init__(self, console: Console, sinks: list[Sink]):
+        self.console, self.sinks = console, sinks
+
+    def record(self, kind: str, step: int, **metrics: Any) -> None:
+        """One line of numbers; what is not finite becomes null."""
+        self._send({"kind": kind, "step": step, **{key: finite(value) for key, value in metrics.items()}})
+
+    def event(self, step: int, text: str) -> None:
+        """Something a person should know of: a failed save, a skipped step, the end."""
+        self._send({"kind": "event", "step": step, "text": text})
+
+    def _send(self, record: Record) -> None:
+        for sink in list(self.sinks):
+            try:
+                sink.write(record)
+            except Exception as error:
+                self._give_up(sink, error)
+
+    def _give_up(self, sink: Sink, error: Exception) -> None:
+        self.sinks.remove(sink)
+        reason = f"{type(error).__name__}: {error}"
+        self.console.print(f"warning: no more logging to {sink.name}: {reason}", markup=False, soft_wrap=True)
+
+    def add(self, name: str, make: Any) -> None:
+        """Adds the sink that `make()` returns; if it cannot be made, that is one warning too."""
+        try:
+            self.sinks.append(make())
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            self.console.print(f"warning: no logging to {name}: {reason}", markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        for sink in list(self.sinks):
+            try:
+                sink.close()
+            except Exception as error:
+                self._give_up(sink, error)
+
+
+class JsonlSink:
+    """`metrics.jsonl`: one record per line, out of our hands at once, on the disk at every validation."""
+
+    name = METRICS
+
+    def __init__(self, path: Path):
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if record["kind"] != "train":
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class ConsoleSink:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    name = "the terminal"
+
+    def __init__(self, console: Console, steps: int, step: int):
+        self.console, self.width = console, len(str(steps))
+        self.steps = steps
+        self.progress = None
+        if console.is_terminal:
+            self.progress = Progress(
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.task = self.progress.add_task("", total=steps, completed=step)
+            self.progress.start()
+
+    def write(self, record: Record) -> None:
+        if self.progress is not None and record["kind"] == "train":
+            self.progress.update(self.task, completed=record["step"], description=summary(record))
+        else:
+            line = f"step {record['step']:>{self.width}}/{self.steps}  {summary(record)}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+class WandbSink:
+    """Weights & Biases. The run's id is stored, so that a resumed run goes on in the same curve."""
+
+    name = "wandb"
+
+    def __init__(self, config: WandbConfig, run_dir: Path, run_id: str, settings: dict[str, Any]):
+        import wandb
+
+        self.run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            mode=config.mode,
+            id=run_id,
+            name=run_dir.name,
+            resume="allow",
+            dir=str(run_dir),
+            config=settings,
+            # Numbers only: no terminal output, code, host name or git state leaves the machine.
+            settings=wandb.Settings(
+                init_timeout=20,
+                console="off",
+                silent=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+                disable_git=True,
+                disable_code=True,
+            ),
+        )
+
+    def write(self, record: Record) -> None:
+        if record["kind"] == "event":
+            return
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        self.run.log(
+            {f"{record['kind']}/{key}": value for key, value in numbers.items()}, step=record["step"]
+        )
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def summary(record: Record) -> str:
+    """A record as a few words for a line."""
+    if record["kind"] == "event":
+        return record["text"]
+    if record["kind"] == "eval":
+        shown = {key: value for key, value in record.items() if isinstance(value, float) and key != "seconds"}
+        return "eval  " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
+    parts = {"loss": "{:.4f}", "lr": "{:.2e}", "grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f} tokens/s"}
+    words = [
+        form.format(record[key]) if "tokens/s" in form else f"{key} {form.format(record[key])}"
+        for key, form in parts.items()
+        if record.get(key) is not None
+    ]
+    return "  ".join(words) + (f"  skipped {record['skipped']}" if record.get("skipped") else "")
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(run_dir: str | Path) -> list[Record]:
+    """The records of a run in order; a last line that was cut off by a crash is left out."""
+    path = Path(run_dir) / METRICS
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def drop_after(run_dir: Path, step: int) -> None:
+    """Takes the records of later steps out of a run's file: the run will write them again."""
+    kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
+    replace_text(run_dir / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
