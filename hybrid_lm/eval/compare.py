@@ -1,7 +1,8 @@
-"""Is one run better than another? Paired tests on the same documents and questions, corrected for how many were asked.
+"""Is one run better than another? Paired tests on the same documents and questions, corrected for how many
+were asked.
 
-Unpaired errors, as two separate scores would have them, hide differences that the same data shows plainly: most of a
-score's variance is the documents', not the model's.
+Unpaired errors, as two separate scores would have them, hide differences that the same data shows plainly:
+most of a score's variance is the documents', not the model's.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Row:
     """95 % interval of the difference by paired bootstrap; None with fewer than two documents."""
     high: float | None
     p: float | None
-    """Two-sided: exact McNemar where each question is right or wrong, else documents' labels swapped at random."""
+    """Two-sided: exact McNemar where each question is right or wrong, else documents' labels swapped at
+    random."""
     p_holm: float | None
     """p corrected for the number of rows by Holm 1979."""
     n: int
@@ -87,7 +89,8 @@ def compare(
         seed: of both; the same results give the same rows.
 
     Raises:
-        ValueError: for fewer than two runs, an unknown baseline, no task in common, and results on different documents.
+        ValueError: for fewer than two runs, an unknown baseline, no task in common, and results on different
+            documents.
     """
     if len(runs) < 2:
         raise ValueError(f"compare needs at least two runs, not {len(runs)}")
@@ -105,7 +108,7 @@ def compare(
             f"{name}: {', '.join(' '.join(key) for key in t) or 'no results'}" for name, t in tasks.items()
         )
         raise ValueError(f"the runs have no task in common ({found}); evaluate them on the same data first")
-    return _corrected(rows)
+    return corrected(rows)
 
 
 def outcomes(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Outcomes]]:
@@ -148,7 +151,8 @@ def _outcomes(
 def bootstrap(
     difference: np.ndarray, weights: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of sum(difference) / sum(weights), both (n), by resampling documents. Efron 1979, percentile form."""
+    """95 % interval of sum(difference) / sum(weights), both (n), by resampling documents. Efron 1979,
+    percentile form."""
     rng, n = np.random.default_rng(seed), len(difference)
     ratios = [
         difference[draw].sum(1) / weights[draw].sum(1)
@@ -176,7 +180,8 @@ def swap_test(difference: np.ndarray, *, resamples: int = RESAMPLES, seed: int =
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p from the questions that only one of two runs gets right. McNemar 1947, binomial form."""
+    """Exact two-sided p from the questions that only one of two runs gets right. McNemar 1947, binomial
+    form."""
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -225,8 +230,9 @@ def _paired(task: str, name_a: str, a: Outcomes, name_b: str, b: Outcomes) -> tu
     if sorted(a.hashes) != sorted(b.hashes):
         missing = len(set(a.hashes) ^ set(b.hashes))
         raise ValueError(
-            f"{task}: {name_a} and {name_b} were not tested on the same data: {missing} of {len(a.hashes)} and "
-            f"{len(b.hashes)} documents are in one only; evaluate both with the same data, limit and seed"
+            f"{task}: {name_a} and {name_b} were not tested on the same data: {missing} of "
+            f"{len(a.hashes)} and {len(b.hashes)} documents are in one only; evaluate both with the same "
+            "data, limit and seed"
         )
     a, b = _sorted(a), _sorted(b)
     if not np.array_equal(a.weights, b.weights):
@@ -241,7 +247,7 @@ def _sorted(x: Outcomes) -> Outcomes:
     return x._replace(hashes=[x.hashes[i] for i in order], values=x.values[order], weights=x.weights[order])
 
 
-def _corrected(rows: Sequence[Row]) -> list[Row]:
+def corrected(rows: Sequence[Row]) -> list[Row]:
     """The rows with Holm's p, and no winner where it is not below 0.05."""
     tested = [row.p for row in rows if row.p is not None]
     corrected = iter(holm(tested))

@@ -1,8 +1,10 @@
-"""Bits per byte and perplexity of held-out text, with a stride; the same windows as lm-eval's rolling log-likelihood."""
+"""Bits per byte and perplexity of held-out text, with a stride; the same windows as lm-eval's rolling
+log-likelihood."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import lzma
 import math
 import zlib
@@ -35,10 +37,11 @@ class Window(NamedTuple):
 def windows(n_tokens: int, seq_len: int, stride: int) -> Iterator[Window]:
     """The windows that score each token of a document of `n_tokens` exactly once.
 
-    The first scores min(seq_len, n) tokens; each one after it scores the next `stride` (the last: what is left) and reads
-    the `seq_len` tokens before the last one that it scores. So every token has all tokens before it in its document as
-    context, or at least seq_len - stride + 1 of them (its own place not counted). These are lm-eval's
-    `get_rolling_token_windows` with max_seq_len = seq_len and context_len = seq_len - stride + 1; its tasks use stride = seq_len.
+    The first scores min(seq_len, n) tokens; each one after it scores the next `stride` (the last: what is
+    left) and reads the `seq_len` tokens before the last one that it scores. So every token has all tokens
+    before it in its document as context, or at least seq_len - stride + 1 of them (its own place not
+    counted). These are lm-eval's `get_rolling_token_windows` with max_seq_len = seq_len and context_len =
+    seq_len - stride + 1; its tasks use stride = seq_len.
     """
     done = 0
     while done < n_tokens:
@@ -60,7 +63,8 @@ class DocumentScore(NamedTuple):
 
 @dataclass(frozen=True)
 class LanguageResult:
-    """How well a model predicts some documents. The end-of-text token is context only, its prediction is not scored."""
+    """How well a model predicts some documents. The end-of-text token is context only, its prediction is not
+    scored."""
 
     nll_nats: float
     """Sum over all scored tokens."""
@@ -70,7 +74,8 @@ class LanguageResult:
     seq_len: int
     stride: int
     by_position: list[float | None]
-    """Mean nats at each place of a window: entry i is over tokens with i + 1 tokens of context, the EOT included."""
+    """Mean nats at each place of a window: entry i is over tokens with i + 1 tokens of context, the EOT
+    included."""
     documents: list[DocumentScore]
 
     @property
@@ -104,11 +109,13 @@ def evaluate_text(
     Args:
         documents: texts, or a split of a token store.
         seq_len: tokens that the model reads at a time.
-        stride: see `windows`; by default seq_len, as lm-eval has it. Smaller gives more context and costs more passes.
+        stride: see `windows`; by default seq_len, as lm-eval has it. Smaller gives more context and costs
+            more passes.
         batch_size: windows per forward pass; changes speed, not results.
 
     Raises:
-        ValueError: for a stride outside 1..seq_len, for no text, and for a length that the model's positions do not allow.
+        ValueError: for a stride outside 1..seq_len, for no text, and for a length that the model's positions
+            do not allow.
     """
     stride = seq_len if stride is None else stride
     if not 1 <= stride <= seq_len:
@@ -161,7 +168,8 @@ def text_hash(text: str) -> str:
 
 
 def held_out(split: Split, tokenizer: Tokenizer, max_bytes: int | None = None) -> list[str]:
-    """The texts of a split, whole documents in the order of their hash, until they hold `max_bytes` (at least one).
+    """The texts of a split, whole documents in the order of their hash, until they hold `max_bytes` (at least
+    one).
 
     The order is arbitrary but fixed: a part of it is a fair sample of the split and the same for every model.
     """
@@ -178,7 +186,8 @@ def held_out(split: Split, tokenizer: Tokenizer, max_bytes: int | None = None) -
 def compression_baselines(documents: Iterable[str]) -> dict[str, float]:
     """Bits per byte of general compressors on the same documents, joined in their order into one stream.
 
-    They see no other text: a model that was trained on like documents should beat them, an untrained one cannot.
+    They see no other text: a model that was trained on like documents should beat them, an untrained one
+    cannot.
     """
     data = "".join(documents).encode()
     sizes = {
@@ -194,7 +203,7 @@ def _streams(
     """The stream, the hash and the bytes of each document."""
     if isinstance(documents, Split):
         starts = [*documents.starts, len(documents.tokens) - 1]
-        streams = [documents.tokens[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        streams = [documents.tokens[a:b] for a, b in itertools.pairwise(starts)]
         return streams, [text_hash(tokenizer.decode(s[1:])) for s in streams], documents.doc_bytes.tolist()
     texts = list(documents)
     eot = np.array([tokenizer.eot_id], dtype=np.int64)
@@ -205,7 +214,8 @@ def _streams(
 def _pack(
     streams: Sequence[np.ndarray], batch: Sequence[tuple[int, Window]], filler: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and labels (b t) of some windows. The models are causal: filler on the right changes nothing before it."""
+    """Tokens and labels (b t) of some windows. The models are causal: filler on the right changes nothing
+    before it."""
     width = max(window.end - window.begin for _, window in batch)
     tokens = np.full((len(batch), width), filler, dtype=np.int64)
     labels = np.full((len(batch), width), IGNORE, dtype=np.int64)
@@ -217,6 +227,6 @@ def _pack(
 
 def _losses(model: HybridLM, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Nats (b t), float64."""
-    device = model.embed.weight.device
+    device = model.head_weight.device
     loss = model.token_loss(torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device))
     return loss.nll.double().cpu().numpy()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,14 @@ from hybrid_lm.data import IGNORE
 from hybrid_lm.eval.language import evaluating
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.registry import table
+from hybrid_lm.train.source import product
 
 Row = dict[str, Any]
 """One tested setting, as plain values for JSON; `evaluate_probe` lists the keys."""
 
 TEST_SEED = 1_000_003
-"""Of the reported test examples: the same for all runs, and not those that validation or early stopping has seen."""
+"""Of the reported test examples: the same for all runs, and not those that validation or early stopping has
+seen."""
 
 
 def evaluate_probe(
@@ -37,17 +38,18 @@ def evaluate_probe(
 ) -> list[Row]:
     """Tests each combination of `data.test_params` on `n_test` (by default the data's) fresh examples.
 
-    Each row has `probe`, `params` (all parameters of the setting), `setting` (those that vary), `n_sequences`, `n_scored`
-    (labelled tokens), `accuracy` (right among all scored, argmax over the whole vocabulary), `low` and `high` (95 %
-    interval, see `wilson`), `sequence_accuracy` (sequences with every scored token right), `loss` (mean nats at the scored
-    tokens), `chance`, `plateau`, `seq_len`, `state_bytes` (measured after seq_len tokens), `zoology_bytes` (the same by the
-    convention of published plots, None where it has none), `data_hash`, and per sequence `correct` and `scored`.
+    Each row has `probe`, `params` (all parameters of the setting), `setting` (those that vary),
+    `n_sequences`, `n_scored` (labelled tokens), `accuracy` (right among all scored, argmax over the whole
+    vocabulary), `low` and `high` (95 % interval, see `wilson`), `sequence_accuracy` (sequences with every
+    scored token right), `loss` (mean nats at the scored tokens), `chance`, `plateau`, `seq_len`,
+    `state_bytes` (measured after seq_len tokens), `zoology_bytes` (the same by the convention of published
+    plots, None where it has none), `data_hash`, and per sequence `correct` and `scored`.
 
     Raises:
         ValueError: if the probe has more tokens than the model's vocabulary.
     """
     rows = []
-    for setting in settings(data):
+    for setting in product("test_params", data.test_params):
         probe = probes.get(data.probe, data.preset, **{**data.params, **setting})
         vocab = model.config.vocab_size
         assert vocab is not None
@@ -82,12 +84,6 @@ def evaluate_probe(
     return rows
 
 
-def settings(data: ProbeData) -> Iterator[dict[str, Any]]:
-    """Every combination of `data.test_params`, the last one varying fastest; one empty setting if there are none."""
-    for values in itertools.product(*data.test_params.values()):
-        yield dict(zip(data.test_params, values, strict=True))
-
-
 def score(
     model: HybridLM, tokens: np.ndarray, labels: np.ndarray, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +91,7 @@ def score(
 
     The logits of unlabelled places are never computed: at small sizes they are nearly all of the work.
     """
-    device = model.embed.weight.device
+    device = model.head_weight.device
     correct, nll = np.zeros(len(tokens), dtype=np.int64), np.zeros(len(tokens))
     with evaluating(model):
         for start in range(0, len(tokens), batch_size):
@@ -114,10 +110,10 @@ def score(
 def wilson(correct: np.ndarray, scored: np.ndarray, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95 % interval for the accuracy sum(correct) / sum(scored), with sequences (n) as clusters.
 
-    Tokens of one sequence succeed and fail together, so that the number of tokens overstates what was seen. The effective
-    number is tokens / design effect, the design effect being the variance of the ratio between sequences over that of
-    independent tokens (Korn & Graubard 1998), kept between the sequences and the tokens; the number of sequences where all
-    answers are alike. Wilson 1927, JASA 22, p. 209.
+    Tokens of one sequence succeed and fail together, so that the number of tokens overstates what was seen.
+    The effective number is tokens / design effect, the design effect being the variance of the ratio between
+    sequences over that of independent tokens (Korn & Graubard 1998), kept between the sequences and the
+    tokens; the number of sequences where all answers are alike. Wilson 1927, JASA 22, p. 209.
     """
     n, total = len(scored), int(scored.sum())
     p = float(correct.sum() / total)
@@ -131,17 +127,20 @@ def wilson(correct: np.ndarray, scored: np.ndarray, z: float = 1.959964) -> tupl
 
 
 def measured_bytes(model: HybridLM, tokens: np.ndarray) -> int:
-    """Bytes of the model's whole memory of one sequence after reading tokens (1 t): conv states, types and all."""
+    """Bytes of the model's whole memory of one sequence after reading tokens (1 t): conv states, types and
+    all."""
     state = model.empty_state(1)
     with evaluating(model):
-        model.features(torch.from_numpy(tokens).to(model.embed.weight.device), state=state)
+        model.features(torch.from_numpy(tokens).to(model.head_weight.device), state=state)
     return state.nbytes
 
 
 def zoology_bytes(config: ModelConfig, length: int) -> int | None:
-    """Bytes of memory by the convention of Zoology's plots: four per number, no conv state of an SSM, all heads counted.
+    """Bytes of memory by the convention of Zoology's plots: four per number, no conv state of an SSM, all
+    heads counted.
 
-    Arora et al. 2023, arXiv:2312.04927, `_compute_state_size` of its code. None for a layer that the convention lacks.
+    Arora et al. 2023, arXiv:2312.04927, `_compute_state_size` of its code. None for a layer that the
+    convention lacks.
     """
     total = 0
     for item in expand(config.pattern, list(config.layers), config.depth):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from hybrid_lm.train.disk import replace_text
 
 FILE = "results.json"
 
@@ -21,40 +22,24 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
 
 
 def write_results(run_dir: str | Path, **sections: Any) -> Path:
-    """Puts sections into a run's results, beside the others there; the file is replaced as a whole or not at all."""
+    """Puts sections into a run's results, beside the others there; the file is replaced as a whole or not at
+    all."""
     path = Path(run_dir) / FILE
-    write_atomic(path, json.dumps(finite({**read_results(run_dir), **sections}), indent=1) + "\n")
+    replace_text(path, json.dumps(finite({**read_results(run_dir), **sections}), indent=1) + "\n")
     return path
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces a file: whoever reads it, or looks after a crash, finds the old text or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Adds one line to a JSONL file."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(row)) + "\n")
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a JSONL file, one line per row, in the place of the old one."""
+    replace_text(Path(path), "".join(json.dumps(finite(row)) + "\n" for row in rows))
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file, none if there is no file; a last line cut off by a crash is left out."""
+    """The lines of a JSONL file, none if there is no file."""
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    lines = path.read_text(encoding="utf-8").splitlines()
     return [_object(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -73,7 +73,7 @@ def test_bootstrap_approaches_the_normal_interval():
     difference, n = rng.normal(0.2, 1.0, 400), 400
     low, high = bootstrap(difference, np.ones(n))
     mean, error = difference.mean(), 1.96 * difference.std() / math.sqrt(n)
-    # The percentile of 10,000 draws is off by about 1.5 % of the interval's width; 5 % is over three of those.
+    # A percentile of 10,000 draws is off by about 1.5 % of the width; 5 % is over three of those.
     assert low == pytest.approx(mean - error, abs=0.1 * error)
     assert high == pytest.approx(mean + error, abs=0.1 * error)
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_compared_is_refused():
         compare({"a": text([1.0])})
     with pytest.raises(ValueError, match="baseline 'z' is none of the runs: a, b"):
         compare({"a": text([1.0]), "b": text([1.0])}, baseline="z")
-    with pytest.raises(ValueError, match="no task in common.*a: held-out text bits per byte; b: mqar"):
+    with pytest.raises(ValueError, match=r"no task in common.*a: held-out text bits per byte; b: mqar"):
         compare({"a": text([1.0]), "b": probe([1])})
     with pytest.raises(ValueError, match="not tested on the same data: 4 of 2 and 2"):
         compare({"a": text([1.0, 2.0]), "b": text([1.0, 2.0], prefix="other")})

@@ -9,7 +9,7 @@ import torch
 from hybrid_lm import probes
 from hybrid_lm.config.schema import ModelConfig, ProbeData
 from hybrid_lm.data import IGNORE
-from hybrid_lm.eval.probe import evaluate_probe, measured_bytes, score, settings, wilson, zoology_bytes
+from hybrid_lm.eval.probe import evaluate_probe, measured_bytes, score, wilson, zoology_bytes
 from hybrid_lm.model.build import build_model
 
 DATA = ProbeData.model_validate(
@@ -89,12 +89,6 @@ def test_rows_say_what_was_tested():
     assert not {*hashes} & {row["data_hash"] for row in evaluate_probe(MODEL, DATA, seed=5)}
 
 
-def test_settings_are_a_product():
-    data = DATA.model_copy(update={"test_params": {"seq_len": [32, 64], "n_pairs": [2, 4]}})
-    assert [tuple(s.values()) for s in settings(data)] == [(32, 2), (32, 4), (64, 2), (64, 4)]
-    assert list(settings(DATA.model_copy(update={"test_params": {}}))) == [{}]
-
-
 def test_a_vocabulary_that_is_too_small_is_refused():
     data = DATA.model_copy(update={"params": {"vocab_size": 300}})
     with pytest.raises(ValueError, match="probe mqar has 300 tokens, but the model knows 256"):
@@ -138,7 +132,8 @@ def test_memory_two_ways():
     assert zoology_bytes(MODEL.config, 64) == 4 * (64 * 8 + 2 * 32 * 64)
     windowed = config("c w", c={"type": "short_conv"}, w={"type": "attention", "window": 16})
     assert zoology_bytes(windowed, 64) == 4 * (32 * 3 + 2 * 32 * 16)
-    both = config("c+w f", **dict.fromkeys("cw", {"type": "short_conv"}), f={"type": "mlp"})
+    conv = {"type": "short_conv"}
+    both = config("c+w f", c=conv, w=conv, f={"type": "mlp"})
     assert zoology_bytes(both, 64) == 4 * (2 * 32 * 3)
     unknown = config("z m", m={"type": "mamba"}, z={"type": "inject", "block": "m", "into": "m"})
     assert zoology_bytes(unknown, 64) is None

@@ -1,0 +1,164 @@
+"""Evaluating a trained run on what it was trained for, and training a probe once per seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hybrid_lm.config.schema import ProbeData, RunConfig, TextData
+from hybrid_lm.data import TokenStore
+from hybrid_lm.eval.language import Progress, compression_baselines, evaluate_text, held_out
+from hybrid_lm.eval.probe import Row, evaluate_probe
+from hybrid_lm.eval.results import read_rows, write_results, write_rows
+from hybrid_lm.model.generate import generate
+from hybrid_lm.model.lm import HybridLM
+from hybrid_lm.model.stats import layer_table, totals
+from hybrid_lm.train.checkpoint import Run, load_run
+from hybrid_lm.train.log import read_metrics
+from hybrid_lm.train.loop import train
+from hybrid_lm.train.run import is_run, pick_device
+from hybrid_lm.train.source import TextSource, open_source, slice_name
+
+ROWS = "results.jsonl"
+PROMPT = "def "
+"""Of the sample: the default corpus is source code."""
+MILESTONES = (0.5, 0.9, 0.99)
+
+
+def evaluate_run(
+    run_dir: str | Path,
+    *,
+    step: int | None = None,
+    device: str = "auto",
+    max_bytes: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    prompt: str = PROMPT,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures a trained run and puts what was found into its results.json; returns the new sections.
+
+    Always `model`: its pattern, parameters, memory and layers. A run on text: `text` (held-out bits per byte,
+    see `language`, with the compressors' on the same documents) and `sample`. A run on a probe: `probe`, its
+    rows.
+
+    Args:
+        step: of the checkpoint; the newest by default.
+        max_bytes: of held-out text, whole documents of a fixed choice; by default all.
+        stride: see `language.windows`.
+        batch_size: windows per forward pass on text.
+        prompt: of the sample.
+
+    Raises:
+        ValueError: for no run, no checkpoint, damaged files, or data that is gone.
+    """
+    run = load_run(run_dir, step=step, device=pick_device(device))
+    sections: dict[str, Any] = {"model": model_facts(run), "step": run.step}
+    if isinstance(run.config.data, ProbeData):
+        sections["probe"] = evaluate_probe(run.model, run.config.data)
+    else:
+        assert run.tokenizer is not None
+        texts = held_out_texts(run, max_bytes)
+        seq_len = run.config.data.seq_len
+        how = {"stride": stride, "batch_size": batch_size, "progress": progress}
+        found = evaluate_text(run.model, texts, run.tokenizer, seq_len=seq_len, **how)
+        sections["text"] = found.to_dict() | {"baselines": compression_baselines(texts)}
+        sections["sample"] = {"prompt": prompt, "text": sample(run, prompt)}
+    write_results(run.path, **sections)
+    return sections
+
+
+def held_out_texts(run: Run, max_bytes: int | None = None) -> list[str]:
+    """Documents that the run has not been trained on, by `language.held_out`."""
+    assert isinstance(run.config.data, TextData)
+    assert run.tokenizer is not None
+    source = open_source(run.config, run.path, prepared=True)
+    assert isinstance(source, TextSource)
+    store: TokenStore = source.store
+    return held_out(store.split("val"), run.tokenizer, max_bytes)
+
+
+def model_facts(run: Run) -> dict[str, Any]:
+    """What the report says of a model: pattern, sizes, layers; operations at the length that it was trained
+    on."""
+    model, data = run.model, run.config.data
+    context = data.seq_len if isinstance(data, TextData) else 2048
+    rows = [row._asdict() for row in layer_table(model, context)]
+    return {"pattern": model.config.pattern, **totals(model, context)._asdict(), "layers": rows}
+
+
+def sample(run: Run, prompt: str, max_new_tokens: int = 300) -> str:
+    """A continuation at temperature 0.8, always the same; the prompt stands at the beginning of a
+    document."""
+    tokenizer = run.tokenizer
+    assert tokenizer is not None
+    tokens = [tokenizer.eot_id, *tokenizer.encode(prompt).tolist()]
+    room = position_room(run.model, len(tokens))
+    (made,) = generate(
+        run.model,
+        [tokens],
+        max_new_tokens=max_new_tokens if room is None else max(1, min(max_new_tokens, room)),
+        temperature=0.8,
+        seed=0,
+        stop_tokens=[tokenizer.eot_id],
+        decode=tokenizer.decode,
+    )
+    return made.text or ""
+
+
+def position_room(model: HybridLM, n: int) -> int | None:
+    """Tokens that may follow `n` where positions are learned; None: as many as one likes."""
+    embedding = model.config.embedding
+    return (
+        embedding.max_positions - n if embedding.positions == "learned" and embedding.max_positions else None
+    )
+
+
+def run_probe(
+    config: RunConfig, run_dir: str | Path, *, seeds: Iterable[int] = (0,), console: Console | None = None
+) -> list[Row]:
+    """Trains a probe's model once per seed (in `run_dir/seed-<n>`, going on where a run is already there) and
+    tests it.
+
+    The rows, those of `evaluate_probe` with `pattern`, `seed`, `lr`, `steps`, `examples_seen`, `parameters`,
+    `cpu_s` (None where a run was resumed) and `steps_to` (validation accuracy -> first step that had it),
+    replace those of the same seeds in `run_dir/results.jsonl`.
+
+    Raises:
+        ValueError: for a configuration that is not of a probe, and whatever `train` raises.
+    """
+    if not isinstance(config.data, ProbeData):
+        raise ValueError("data.kind is text: run_probe trains probes; set data.kind: probe")
+    path, all_rows = Path(run_dir), []
+    for seed in seeds:
+        folder = path / f"seed-{seed}"
+        ours = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+        fresh, begin = not is_run(folder), time.process_time()
+        result = train(ours, folder, resume=not fresh, console=console)
+        facts = {
+            "pattern": config.model.pattern,
+            "seed": seed,
+            "lr": config.train.optimizer.lr,
+            "steps": result.step,
+            "examples_seen": result.step * config.train.batch_size * config.train.accumulate,
+            "cpu_s": time.process_time() - begin if fresh else None,
+        }
+        found = evaluate_run(folder, device=config.train.device)
+        facts["parameters"] = found["model"]["parameters"]
+        rows = [{**facts, "steps_to": steps_to(folder, row["setting"]), **row} for row in found["probe"]]
+        write_rows(path / ROWS, [row for row in read_rows(path / ROWS) if row["seed"] != seed] + rows)
+        all_rows += rows
+    return all_rows
+
+
+def steps_to(run_dir: Path, setting: dict[str, Any]) -> dict[str, int | None]:
+    """The first step at which a validation of the setting was as accurate as each milestone."""
+    key = f"accuracy/{slice_name(setting)}"
+    seen = [
+        (r["step"], r[key]) for r in read_metrics(run_dir) if r["kind"] == "eval" and r.get(key) is not None
+    ]
+    return {f"{goal:g}": next((step for step, x in seen if x >= goal), None) for goal in MILESTONES}
