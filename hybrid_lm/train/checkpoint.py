@@ -2,9 +2,9 @@
 
     RUN/config.yaml  manifest.json  metrics.jsonl  tokenizer/
     RUN/checkpoints/step-00000100/model.safetensors      every parameter under its name
-                                  optimizer.safetensors  <parameter>.<moment>
-                                  state.json             step, counters, and what the run must still be to go on
-                                  manifest.json          size and SHA-256 of the other three
+                                  optimizer.safetensors  <parameter>.<moment> state.json             step,
+                                  counters, and what the run must still be to go on manifest.json
+                                  size and SHA-256 of the other three
 
 There are no random-number states in it: every step seeds the generators from (seed, step), see `train.loop`.
 """
@@ -115,6 +115,8 @@ def _write(
     (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
     files = {}
     for name in FILES:
+        # safetensors makes files that only their owner can read, whatever the umask says.
+        shutil.copymode(folder / "state.json", folder / name)
         sync(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
     (folder / "manifest.json").write_text(
@@ -144,7 +146,8 @@ def verify(folder: Path) -> None:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest undamaged step folder, or None if there never was one; a warning names each damaged one passed over.
+    """The newest undamaged step folder, or None if there never was one; a warning names each damaged one
+    passed over.
 
     Raises CheckpointError if all are damaged.
     """
@@ -183,9 +186,11 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 
 def sweep(run_dir: Path, step: int) -> None:
-    """Clears what a killed run left half-done, and renames damaged checkpoints after `step` to `damaged-step-*`.
+    """Clears what a killed run left half-done, and renames damaged checkpoints after `step` to
+    `damaged-step-*`.
 
-    Left under their names they would count as newer than what the run writes now, which `keep` would then delete.
+    Left under their names they would count as newer than what the run writes now, which `keep` would then
+    delete.
     """
     folder = run_dir / "checkpoints"
     for path in [*folder.glob(".new-step-*"), *folder.glob(".trash-*")]:
@@ -226,15 +231,16 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -
         wrong = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
         name = wrong[0]
         raise CheckpointError(
-            f"{where}: the weights are those of another architecture: {len(wrong)} parameters differ, first {name}: "
-            f"{stored.get(name, 'absent')} in the file, {shapes.get(name, 'absent')} in the model"
+            f"{where}: the weights are those of another architecture: {len(wrong)} parameters differ, first "
+            f"{name}: {stored.get(name, 'absent')} in the file, {shapes.get(name, 'absent')} in the model"
         )
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
 
 
 def locate(run_dir: str | Path, step: int | None = None) -> tuple[Path, Path]:
-    """(run folder, step folder) of a run or of one of its step folders; the newest undamaged one if no step is named.
+    """(run folder, step folder) of a run or of one of its step folders; the newest undamaged one if no step
+    is named.
 
     A step that is named is that step or an error, never another one.
 
@@ -277,7 +283,8 @@ def load_run(
         dtype: of the parameters (dynamics stay float32); None: float32, as they are stored.
         backend: of all ops or of each, as in `build_model`.
 
-    Raises CheckpointError (a ValueError) for no run, no checkpoint, a damaged one, or one of another architecture.
+    Raises CheckpointError (a ValueError) for no run, no checkpoint, a damaged one, or one of another
+    architecture.
     """
     path, folder = locate(run_dir, step)
     config = load_config(path / "config.yaml")
@@ -306,6 +313,6 @@ def check_architecture(config: RunConfig, checkpoint: Checkpoint) -> None:
     stored, ours = checkpoint.state["identity"]["architecture"], architecture_hash(config)
     if stored != ours:
         raise CheckpointError(
-            f"{checkpoint.path}: written by another architecture ({stored[:12]}, config.yaml says {ours[:12]}); "
-            "`model` in config.yaml must be the one it was trained with"
+            f"{checkpoint.path}: written by another architecture ({stored[:12]}, config.yaml says "
+            f"{ours[:12]}); `model` in config.yaml must be the one it was trained with"
         )

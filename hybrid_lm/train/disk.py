@@ -28,9 +28,11 @@ def sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        os.fsync(descriptor)
+    except OSError:
         # Some file systems cannot sync a folder; a rename in it is atomic all the same.
-        with suppress(OSError) if path.is_dir() else suppress():
-            os.fsync(descriptor)
+        if not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -34,9 +34,9 @@ def validate(
 ) -> dict[str, float]:
     """Measures the model on the source's held-out batches, in evaluation mode.
 
-    Text: `nll` (nats per token of text, ends of documents not scored), `bits_per_byte`, `perplexity`. Probe: `accuracy/<slice>`
-    (share of scored tokens whose best guess is right) and `nll/<slice>` of each setting, `accuracy` the mean over settings.
-    Always `seconds`. Empty if `stop()` came true on the way.
+    Text: `nll` (nats per token of text, ends of documents not scored), `bits_per_byte`, `perplexity`. Probe:
+    `accuracy/<slice>` (share of scored tokens whose best guess is right) and `nll/<slice>` of each setting,
+    `accuracy` the mean over settings. Always `seconds`. Empty if `stop()` came true on the way.
     """
     begin = time.perf_counter()
     device = next(model.parameters()).device

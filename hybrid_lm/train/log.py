@@ -1,7 +1,7 @@
 """What a run says while it trains: a JSONL file always, the terminal, and Weights & Biases if asked.
 
-A record is flat: `{"kind": "train", "step": 10, "loss": 5.1, ...}`. Kinds: train, eval, event (`text` says what happened).
-A place to log that fails is given up with one warning; the run goes on.
+A record is flat: `{"kind": "train", "step": 10, "loss": 5.1, ...}`. Kinds: train, eval, event (`text` says
+what happened). A place to log that fails is given up with one warning; the run goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from hybrid_lm.config.schema import WandbConfig
+from hybrid_lm.config.schema import RunConfig, WandbConfig
 from hybrid_lm.train.disk import replace_text
 
 Record = dict[str, Any]
@@ -179,8 +179,10 @@ def summary(record: Record) -> str:
     if record["kind"] == "event":
         return record["text"]
     if record["kind"] == "eval":
-        shown = {key: value for key, value in record.items() if isinstance(value, float) and key != "seconds"}
-        return "eval  " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
+        shown = {key: x for key, x in record.items() if isinstance(x, float) and key != "seconds"}
+        if "accuracy" in shown:
+            shown = {key: x for key, x in shown.items() if not key.startswith("nll/")}
+        return "eval  " + "  ".join(f"{key} {x:.4f}" for key, x in shown.items())
     parts = {"loss": "{:.4f}", "lr": "{:.2e}", "grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f} tokens/s"}
     words = [
         form.format(record[key]) if "tokens/s" in form else f"{key} {form.format(record[key])}"
@@ -211,3 +213,16 @@ def drop_after(run_dir: Path, step: int) -> None:
     """Takes the records of later steps out of a run's file: the run will write them again."""
     kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
     replace_text(run_dir / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def open_log(config: RunConfig, run_dir: Path, run_id: str, console: Console, step: int) -> Log:
+    """The log of a run that goes on after `step`, without records of steps that are to be done again."""
+    drop_after(run_dir, step)
+    log = Log(console, [])
+    log.add(METRICS, lambda: JsonlSink(run_dir / METRICS))
+    log.add("the terminal", lambda: ConsoleSink(console, config.train.steps, step))
+    wandb = config.train.wandb
+    if wandb.mode != "off":
+        settings = config.model_dump(mode="json")
+        log.add("wandb", lambda: WandbSink(wandb, run_dir, run_id, settings))
+    return log

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
-import resource
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -29,7 +20,8 @@ from hybrid_lm.train import optim
 from hybrid_lm.train import run as runs
 from hybrid_lm.train.disk import DiskError
 from hybrid_lm.train.evaluate import to_tensors, validate
-from hybrid_lm.train.log import METRICS, ConsoleSink, JsonlSink, Log, WandbSink, drop_after, read_metrics
+from hybrid_lm.train.log import Log, open_log, read_metrics
+from hybrid_lm.train.process import Signals, own_randomness, peak_memory, seed_step
 
 MAX_SKIPPED = 10
 """Steps in a row without a finite gradient after which a run is lost."""
@@ -46,14 +38,14 @@ class Result:
     run_dir: Path
     step: int
     metrics: dict[str, Any]
-    """The last validation and the last training record, by the names in metrics.jsonl."""
+    """The last training record and the last validation, by their names in metrics.jsonl."""
     stopped: str
     """done | accuracy (`stop_at_accuracy` was reached) | the signal's name, SIGINT or SIGTERM."""
 
 
 @dataclass
 class Window:
-    """Sums over the steps since the last record."""
+    """Sums over the steps since the last training record; skipped steps are left out."""
 
     nll: float = 0.0
     objective: float = 0.0
@@ -66,25 +58,27 @@ class Window:
 
 @dataclass
 class Counters:
-    """All that a run knows besides weights, moments and its configuration."""
+    """All that a run knows besides its weights, the optimizer's moments and its configuration."""
 
     step: int = 0
     """Optimizer steps done, skipped ones included."""
     tokens: int = 0
+    """Tokens read."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     window: Window = field(default_factory=Window)
 
 
-class StepOutcome(NamedTuple):
+class Outcome(NamedTuple):
     """What one optimizer step measured."""
 
     nll: float
-    """Sum over the labelled tokens."""
+    """Sum over the labelled tokens, in nats."""
     objective: float
+    """Sum over the labelled tokens of what is minimised: label smoothing and z-loss included."""
     labels: int
     grad_norm: float
-    """Before clipping; not finite: the step was skipped."""
+    """Before clipping. Not finite: the step was skipped."""
 
 
 def train(
@@ -105,11 +99,14 @@ def train(
 
     SIGINT and SIGTERM end it after the current step, with a checkpoint; a second one ends it at once.
 
-    Raises ValueError for anything wrong with configuration, data, folder or disk, before the first step; Diverged (a ValueError)
-    after ten steps in a row without a finite gradient; DiskError (an OSError and a ValueError) if the last save fails.
+    Raises ValueError for anything wrong with configuration, data, folder or disk, before the first step;
+    Diverged (a ValueError) after ten steps in a row without a finite gradient; DiskError (an OSError and a
+    ValueError) if the last save fails.
     """
     console = console or Console(stderr=True)
     path = Path(run_dir)
+    if path.is_symlink() or not path.name:
+        path = path.resolve()
     if resume and overwrite:
         raise ValueError("resume goes on with a run and overwrite replaces it: say one of them")
     if resume:
@@ -117,73 +114,58 @@ def train(
     else:
         setup = runs.start(config, path, overwrite=overwrite, console=console)
     with own_randomness(setup.device), Signals() as signals:
-        return fit(setup, console, signals)
-
-
-def fit(setup: runs.Setup, console: Console, signals: Signals) -> Result:
-    """From the setup's step to the end of the run."""
-    model, source, device, c = setup.model, setup.source, setup.device, setup.config.train
-    form = optim.implementation(device)
-    optimizer = optim.make_optimizer(model, c.optimizer, form)
-    counters = restore(setup, optimizer)
-    token_loss = torch.compile(model.token_loss) if c.compile else model.token_loss
-    log = open_log(setup, console, counters.step)
-    metrics: dict[str, Any] = {}
-    stopped = "done"
-
-    def save(*, last: bool) -> None:
-        state = {"identity": setup.identity, "optimizer": form, "counters": asdict(counters)}
+        optimizer = optim.make_optimizer(setup.model, setup.config.train.optimizer)
+        counters = restore(setup, optimizer)
+        log = open_log(setup.config, setup.path, setup.run_id, console, counters.step)
         try:
-            weights, moments = checkpoints.weights(model), optim.moments(optimizer)
-            checkpoints.save(setup.path, counters.step, weights, moments, state, keep=c.keep)
-        except DiskError as error:
-            if last:
-                raise
-            # The older checkpoint is still there, and the disk may have room again by the next save.
-            log.event(counters.step, f"WARNING: not saved, training goes on: {error}")
+            return fit(setup, optimizer, counters, log, signals)
+        finally:
+            log.close()
 
-    try:
-        while counters.step < c.steps:
-            begin = time.perf_counter()
-            batches = [source.batch(counters.step, micro) for micro in range(c.accumulate)]
-            data_s = time.perf_counter() - begin
-            seed_step(c.seed, counters.step)
-            optim.set_learning_rate(optimizer, rate := optim.learning_rate(counters.step + 1, c))
-            outcome = optimizer_step(model, optimizer, token_loss, batches, device, c)
-            count(counters, outcome, batches, data_s, time.perf_counter() - begin)
-            step, last = counters.step, counters.step == c.steps
-            if counters.skipped_in_a_row:
-                log.event(
-                    step, f"WARNING: step skipped, gradient not finite ({counters.skipped_in_a_row} in a row)"
-                )
-                if counters.skipped_in_a_row == MAX_SKIPPED:
-                    raise diverged(setup.path, step)
-            if (last or step % c.log_every_steps == 0) and counters.window.steps:
-                record = report(counters, outcome, rate, device)
-                log.record("train", step, **record)
-                metrics |= record
-            if last or (c.eval_every_steps and step % c.eval_every_steps == 0):
-                found = validate(
-                    model, source, n_batches=c.eval_batches, bf16=c.precision == "bf16", stop=signals.received
-                )
-                if found:
-                    log.record("eval", step, **found)
-                    metrics |= found
-                if reached(found, c.stop_at_accuracy):
-                    stopped, last = "accuracy", True
-                    log.event(step, f"accuracy {c.stop_at_accuracy} reached on every setting")
-            if signals.name:
-                stopped, last = signals.name, True
-            if last or (c.save_every_steps and step % c.save_every_steps == 0):
-                save(last=last)
-            if last:
-                break
-        if signals.name:
-            text = f"{signals.name}: saved at step {counters.step}; `hybrid-lm train --resume {setup.path}` goes on"
-            log.event(counters.step, text)
-    finally:
-        log.close()
-    return Result(setup.path, counters.step, metrics or last_metrics(setup.path), stopped)
+
+def fit(
+    setup: runs.Setup, optimizer: torch.optim.Optimizer, counters: Counters, log: Log, signals: Signals
+) -> Result:
+    """From the counters' step to the end of the run."""
+    model, source, c = setup.model, setup.source, setup.config.train
+    token_loss = torch.compile(model.token_loss) if c.compile else model.token_loss
+    metrics = {} if counters.step < c.steps else last_metrics(setup.path)
+    stopped = ""
+    while counters.step < c.steps and not stopped:
+        begin = time.perf_counter()
+        batches = [source.batch(counters.step, micro) for micro in range(c.accumulate)]
+        data_s = time.perf_counter() - begin
+        seed_step(c.seed, counters.step)
+        rate = optim.learning_rate(counters.step + 1, c)
+        optim.set_learning_rate(optimizer, rate)
+        outcome = optimizer_step(model, optimizer, token_loss, batches, setup.device, c)
+        count(counters, outcome, batches, data_s, time.perf_counter() - begin)
+        check_finite(counters, log, setup.path)
+
+        step, last = counters.step, counters.step == c.steps
+        if (last or step % c.log_every_steps == 0) and counters.window.steps:
+            record = report(counters, outcome, rate, setup.device)
+            log.record("train", step, **record)
+            metrics |= record
+        if last or (c.eval_every_steps and step % c.eval_every_steps == 0):
+            # The last validation is short and is finished; any other gives way to a signal.
+            stop = (lambda: False) if last else (lambda: bool(signals.name))
+            found = validate(model, source, n_batches=c.eval_batches, bf16=c.precision == "bf16", stop=stop)
+            if found:
+                log.record("eval", step, **found)
+                metrics |= found
+            if reached(found, c.stop_at_accuracy):
+                stopped = "accuracy"
+                log.event(step, f"accuracy {c.stop_at_accuracy} reached on every setting")
+        stopped = stopped or signals.name or ("done" if last else "")
+        if stopped or (c.save_every_steps and step % c.save_every_steps == 0):
+            save(setup, optimizer, counters, log, last=bool(stopped))
+    if signals.name:
+        text = (
+            f"{signals.name}: saved at step {counters.step}; `hybrid-lm train --resume {setup.path}` goes on"
+        )
+        log.event(counters.step, text)
+    return Result(setup.path, counters.step, metrics, stopped or "done")
 
 
 def optimizer_step(
@@ -193,8 +175,11 @@ def optimizer_step(
     batches: list[Batch],
     device: torch.device,
     c: TrainConfig,
-) -> StepOutcome:
-    """One step on the mean over all labelled tokens of all batches: accumulating changes the memory, not the gradient."""
+) -> Outcome:
+    """One step on the mean over all labelled tokens of all batches.
+
+    Accumulating changes the memory and not the gradient: every batch is divided by the labels of all.
+    """
     model.train()
     optimizer.zero_grad(set_to_none=True)
     n = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
@@ -205,24 +190,21 @@ def optimizer_step(
             loss = token_loss(
                 tokens, labels, doc_ids=doc_ids, label_smoothing=c.label_smoothing, z_loss=c.z_loss
             )
-        objective = loss.objective.sum() / max(1, n)
-        objective.backward()
+        (loss.objective.sum() / max(1, n)).backward()
         sums += torch.stack([loss.nll.detach().sum(), loss.objective.detach().sum()])
-    gradients = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in gradients if p.grad is not None])
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     grad_norm = norm.item()
     if math.isfinite(grad_norm):
         if c.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(gradients, c.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(trained, c.clip_norm, norm)
         optimizer.step()
-    nll, objective_sum = sums.tolist()
-    return StepOutcome(nll, objective_sum, n, grad_norm)
+    nll, objective = sums.tolist()
+    return Outcome(nll, objective, n, grad_norm)
 
 
-def count(
-    counters: Counters, outcome: StepOutcome, batches: list[Batch], data_s: float, seconds: float
-) -> None:
-    """Adds a step to the counters; the losses of a skipped one are left out of the means."""
+def count(counters: Counters, outcome: Outcome, batches: list[Batch], data_s: float, seconds: float) -> None:
+    """Adds a step to the counters."""
     tokens = sum(batch.tokens.size for batch in batches)
     counters.step += 1
     counters.tokens += tokens
@@ -241,11 +223,27 @@ def count(
     w.seconds += seconds
 
 
-def report(counters: Counters, outcome: StepOutcome, rate: float, device: torch.device) -> dict[str, Any]:
+def check_finite(counters: Counters, log: Log, run_dir: Path) -> None:
+    """Tells of a skipped step; raises Diverged after too many."""
+    n = counters.skipped_in_a_row
+    if not n:
+        return
+    log.event(counters.step, f"WARNING: step skipped, its gradient is not finite ({n} in a row)")
+    if n == MAX_SKIPPED:
+        saved = checkpoints.step_folders(run_dir)
+        kept = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+        raise Diverged(
+            f"step {counters.step}: the gradient was not finite {n} steps in a row; {kept}. Lower "
+            "train.optimizer.lr, raise train.schedule.warmup_steps, or use train.precision: float32"
+        )
+
+
+def report(counters: Counters, outcome: Outcome, rate: float, device: torch.device) -> dict[str, Any]:
     """The training record of the window, which begins anew.
 
-    loss, objective: nats per labelled token, means over the window; grad_norm, lr: of the last step; step_s: seconds per
-    step; data_share: part of the time spent on data; memory_mb: peak of the process, or of the GPU.
+    loss, objective: nats per labelled token, means over the window; grad_norm, lr: of the last step; tokens:
+    read since the beginning; step_s: seconds per step, validation and saving not counted; data_share: part of
+    them spent on data; memory_mb: peak of the process, or of the GPU; skipped: steps since the beginning.
     """
     w, counters.window = counters.window, Window()
     return {
@@ -262,29 +260,31 @@ def report(counters: Counters, outcome: StepOutcome, rate: float, device: torch.
     }
 
 
+def save(
+    setup: runs.Setup, optimizer: torch.optim.Optimizer, counters: Counters, log: Log, *, last: bool
+) -> None:
+    """Saves a checkpoint. One that fails on the way costs a warning; the `last` one raises DiskError."""
+    form = optim.implementation(setup.device)
+    state = {"identity": setup.identity, "optimizer": form, "counters": asdict(counters)}
+    weights, moments = checkpoints.weights(setup.model), optim.moments(optimizer)
+    try:
+        checkpoints.save(setup.path, counters.step, weights, moments, state, keep=setup.config.train.keep)
+    except DiskError as error:
+        if last:
+            raise
+        # The older checkpoint is still there, and the disk may have room again by the next save.
+        log.event(counters.step, f"WARNING: not saved, training goes on: {error}")
+
+
 def restore(setup: runs.Setup, optimizer: torch.optim.Optimizer) -> Counters:
     """Puts a checkpoint's weights and moments in place; returns its counters."""
-    if setup.checkpoint is None:
+    stored, setup.checkpoint = setup.checkpoint, None  # three times the model, and not needed again
+    if stored is None:
         return Counters()
-    checkpoints.load_weights(setup.model, setup.checkpoint.model, setup.checkpoint.path)
-    optim.load_moments(optimizer, setup.checkpoint.optimizer)
-    stored = setup.checkpoint.state["counters"]
-    # The tensors are no longer needed, and are three times the model.
-    setup.checkpoint = None
-    return Counters(**{**stored, "window": Window(**stored["window"])})
-
-
-def open_log(setup: runs.Setup, console: Console, step: int) -> Log:
-    """The run's log, without records of steps that are to be done again."""
-    c = setup.config.train
-    drop_after(setup.path, step)
-    log = Log(console, [])
-    log.add(METRICS, lambda: JsonlSink(setup.path / METRICS))
-    log.add("the terminal", lambda: ConsoleSink(console, c.steps, step))
-    if c.wandb.mode != "off":
-        settings = setup.config.model_dump(mode="json")
-        log.add("wandb", lambda: WandbSink(c.wandb, setup.path, setup.run_id, settings))
-    return log
+    checkpoints.load_weights(setup.model, stored.model, stored.path)
+    optim.load_moments(optimizer, stored.optimizer)
+    counters = stored.state["counters"]
+    return Counters(**{**counters, "window": Window(**counters["window"])})
 
 
 def reached(metrics: dict[str, float], threshold: float | None) -> bool:
@@ -294,82 +294,9 @@ def reached(metrics: dict[str, float], threshold: float | None) -> bool:
 
 
 def last_metrics(run_dir: Path) -> dict[str, Any]:
-    """What a run that was already complete has on record."""
+    """What a complete run has on record."""
     found: dict[str, Any] = {}
     for record in read_metrics(run_dir):
         if record["kind"] in ("train", "eval"):
             found |= {key: value for key, value in record.items() if key not in ("kind", "step")}
     return found
-
-
-def diverged(run_dir: Path, step: int) -> Diverged:
-    saved = checkpoints.step_folders(run_dir)
-    kept = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
-    return Diverged(
-        f"step {step}: the gradient was not finite {MAX_SKIPPED} steps in a row; {kept}. Lower train.optimizer.lr, raise "
-        "train.schedule.warmup_steps, or use train.precision: float32"
-    )
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Seeds every global generator from (seed, step): what a step draws does not depend on the steps before it.
-
-    That is why checkpoints hold no generator states, and why a resumed run has the dropout of one that never stopped.
-    """
-    word = int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4])
-    torch.manual_seed(word)
-    random.seed(word)
-    np.random.seed(word)
-
-
-@contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
-    """Gives the global generators back to the caller as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that the GPU, or else this process, has held so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
-
-
-class Signals:
-    """Remembers SIGINT or SIGTERM for the loop to see; a second one does what it always did.
-
-    Outside of the main thread Python gives signals to nobody else, and this does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        self.before: dict[int, Any] = {}
-
-    def received(self) -> bool:
-        return bool(self.name)
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {
-                number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        return self
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        self.restore()

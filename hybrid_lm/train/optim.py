@@ -18,8 +18,9 @@ FUSED = ("cpu", "cuda", "mps", "xpu")
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Every parameter in exactly one group of the same weight decay and learning-rate factor.
 
-    Keys of a group: `params`, `names` (in the same order), `weight_decay`, `lr_factor`. What decays is a matter of the
-    parameter's class (`model.init.POLICY`), not of its shape: Mamba's `A_log` is a matrix and must not decay.
+    Keys of a group: `params`, `names` (in the same order), `weight_decay`, `lr_factor`. What decays is a
+    matter of the parameter's class (`model.init.POLICY`), not of its shape: Mamba's `A_log` is a matrix and
+    must not decay.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter, spec in entries(model):
@@ -35,17 +36,17 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def implementation(device: torch.device) -> str:
-    """Which form of AdamW runs: its rounding differs between them, so that a checkpoint records it.
+    """Which form of AdamW runs on a device; a checkpoint records it, because their roundings differ.
 
-    fused: one kernel per parameter, 7 times faster than the others on a CPU (5 M parameters, one thread: 3.5 ms against
-    25 ms), and as deterministic; loop: devices without one.
+    fused: one kernel per parameter, 7 times faster than the others on a CPU (5 M parameters, one thread:
+    3.5 ms against 25 ms) and as deterministic; loop: where there is no such kernel.
     """
     return "fused" if device.type in FUSED else "loop"
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, form: str) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; `form` is one of `implementation`."""
-    fused = form == "fused"
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, in the implementation for the model's device."""
+    fused = implementation(next(model.parameters()).device) == "fused"
     return torch.optim.AdamW(
         parameter_groups(model, config),
         lr=config.lr,
@@ -59,9 +60,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, form: str) -> torc
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of optimizer step number `step`, 1 .. config.steps; the last rate after that.
 
-    A straight line up to the peak, reached at step `warmup_steps`; then from the peak down to `final_ratio` of it at the
-    last step (`constant`: stays). cosine: Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without restarts. wsd: Hu et
-    al. 2024, arXiv:2404.06395, section 4.2, with a linear decay over the last `decay_fraction` of all steps.
+    A straight line up to the peak, reached at step `warmup_steps`; then from the peak down to `final_ratio`
+    of it at the last step (`constant`: stays). cosine: Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5,
+    without restarts. wsd: Hu et al. 2024, arXiv:2404.06395, section 4.2, with a linear decay over the last
+    `decay_fraction` of all steps.
     """
     schedule, peak = config.schedule, config.optimizer.lr
     if step < schedule.warmup_steps:

@@ -47,7 +47,8 @@ class Setup:
 
 
 def start(config: RunConfig, run_dir: Path, *, overwrite: bool, console: Console) -> Setup:
-    """A new run. Its folder appears, and an old one of the same name goes, when nothing that can be checked is wrong.
+    """A new run. Its folder appears, and an old one of the same name goes, when nothing that can be checked
+    is wrong.
 
     Raises ValueError (ConfigError, DiskError, ...) with one clear message; then no file has changed.
     """
@@ -69,6 +70,7 @@ def start(config: RunConfig, run_dir: Path, *, overwrite: bool, console: Console
             take_place(new, run_dir)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+    tell(console, describe(setup))
     # The files have moved.
     setup.source = open_source(setup.config, run_dir, prepared=True)
     return setup
@@ -77,8 +79,8 @@ def start(config: RunConfig, run_dir: Path, *, overwrite: bool, console: Console
 def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
     """An existing run at its newest undamaged checkpoint, or at its beginning if it has none yet.
 
-    Raises ValueError if there is no run, or if `config` is not the same run: model, data, seed and batch size must be equal;
-    steps, schedule, logging, device and the like may change.
+    Raises ValueError if there is no run, or if `config` is not the same run: model, data, seed and batch size
+    must be equal; steps, schedule, logging, device and the like may change.
     """
     if not is_run(run_dir):
         raise CheckpointError(f"{run_dir}: no run to resume; without resume a new one begins there")
@@ -100,7 +102,9 @@ def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
     replace_text(
         run_dir / "manifest.json", json.dumps({**manifest(setup), "history": history}, indent=1) + "\n"
     )
-    console.print(f"{run_dir}: going on at step {step}", markup=False, highlight=False, soft_wrap=True)
+    tell(console, setup.source.describe())
+    tell(console, describe(setup))
+    tell(console, f"{run_dir}: going on at step {step}")
     return setup
 
 
@@ -110,8 +114,9 @@ def assemble(config: RunConfig, run_dir: Path, source: Source, device: torch.dev
     limit = config.model.embedding.max_positions
     if config.model.embedding.positions == "learned" and limit is not None and source.seq_len > limit:
         raise ValueError(
-            f"the data has sequences of {source.seq_len} tokens, but the model has learned positions for {limit} "
-            "(model.embedding.max_positions); raise it, shorten the sequences, or use positions without a limit"
+            f"the data has sequences of {source.seq_len} tokens, but the model has learned positions for "
+            f"{limit} (model.embedding.max_positions); raise it, shorten the sequences, or use positions "
+            "without a limit"
         )
     model = build_model(config, seed=config.train.seed, device=device, backend=config.train.backend)
     return Setup(config, run_dir, source, model, device, identity(config, source), None, secrets.token_hex(4))
@@ -202,7 +207,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def space(setup: Setup) -> int:
-    """Bytes that the run's checkpoints will take: weights and two moments, `keep` of them and the one being written."""
+    """Bytes that the run's checkpoints will take: weights and two moments, `keep` of them and the one being
+    written.
+    """
     size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in setup.model.parameters())
     c = setup.config.train
     n = 1 if c.save_every_steps is None else min(c.keep, c.steps // c.save_every_steps) + 1
@@ -233,10 +240,26 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
 def read_data(config: RunConfig, folder: Path, console: Console) -> Source:
     """Opens the data, telling that text is being prepared."""
     if isinstance(config.data, TextData) and not is_store(config.data.path):
-        console.print(f"reading {config.data.path}", markup=False, highlight=False, soft_wrap=True)
+        tell(console, f"reading {config.data.path}")
     source = open_source(config, folder)
-    console.print(source.describe(), markup=False, highlight=False, soft_wrap=True)
+    tell(console, source.describe())
     return source
+
+
+def describe(setup: Setup) -> str:
+    """One line about the model and where it runs."""
+    by_backend: dict[str, list[str]] = {}
+    for op, backend in setup.model.backends.items():
+        by_backend.setdefault(backend, []).append(op)
+    chosen = next(iter(by_backend)) if len(by_backend) == 1 else ""
+    parts = chosen or "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in by_backend.items())
+    n = sum(parameter.numel() for parameter in setup.model.parameters())
+    return f"{n:,} parameters on {setup.device}, backend {parts}"
+
+
+def tell(console: Console, text: str) -> None:
+    """One line as it is: no markup, no colours, no wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def refuse_existing(run_dir: Path, overwrite: bool) -> None:
@@ -261,8 +284,8 @@ def refuse_other_text(config: RunConfig, stored: RunConfig) -> None:
     for key in ("path", "tokenizer"):
         if getattr(new, key) != getattr(old, key):
             raise ValueError(
-                f"data.{key} was {getattr(old, key)} and is {getattr(new, key)} now; a run goes on with the data it began "
-                "with: put it back, or start a new run"
+                f"data.{key} was {getattr(old, key)} and is {getattr(new, key)} now; a run goes on with the "
+                "data it began with: put it back, or start a new run"
             )
 
 
@@ -272,8 +295,8 @@ def refuse_other_run(run_dir: Path, stored: Mapping[str, Any], ours: Mapping[str
         if stored.get(key) != value:
             was, now = (f"{x:.12}" if isinstance(x, str) else x for x in (stored.get(key), value))
             raise ValueError(
-                f"{run_dir}: {key} has changed since this run began (was {was}, is {now}); resume with the run's own "
-                "config.yaml, or start a new run"
+                f"{run_dir}: {key} has changed since this run began (was {was}, is {now}); resume with the "
+                "run's own config.yaml, or start a new run"
             )
 
 

@@ -1,4 +1,6 @@
-"""Where a run's batches come from: text or a probe behind one face, a batch being a pure function of (seed, step, micro)."""
+"""Where a run's batches come from: text or a probe behind one face, a batch being a pure function of (seed,
+step, micro).
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,9 @@ def open_source(
 ) -> Source:
     """The data that `config.data` names.
 
-    Text that is no token store becomes one at `workdir/data`, and is read from there if it is already there. `prepared`:
-    a store at `workdir/data` is taken as it is, without a look at the text it came from (the run goes on with its own copy).
+    Text that is no token store becomes one at `workdir/data`, and is read from there if it is already there.
+    `prepared`: a store at `workdir/data` is taken as it is, without a look at the text it came from (the run
+    goes on with its own copy).
 
     Raises ValueError for data that cannot be used, naming the key; OSError for a disk that cannot be written.
     """
@@ -92,7 +95,9 @@ class TextSource:
         return self.train.batch(step * self.accumulate + micro, self.batch_size)
 
     def eval_batches(self, n: int | None = None) -> Iterator[tuple[str, Batch]]:
-        """Batches of the held-out split: the same random windows each time, or all in order if n batches would hold them."""
+        """Batches of the held-out split: the same random windows each time, or all in order if n batches
+        would hold them.
+        """
         if n is None or n * self.batch_size >= self.val.n_windows:
             batches = self.val.eval_batches(self.batch_size)
         else:
@@ -148,7 +153,9 @@ class ProbeSource:
         )
 
     def eval_batches(self, n: int | None = None) -> Iterator[tuple[str, Batch]]:
-        """The `n_test` examples of every tested setting; n does not shorten them: a probe's test is small and fixed."""
+        """The `n_test` examples of every tested setting; n does not shorten them: a probe's test is small and
+        fixed.
+        """
         for name, probe in self.test.items():
             for start in range(0, self.data.n_test, self.batch_size):
                 count = min(self.batch_size, self.data.n_test - start)
