@@ -1,1 +1,1 @@
-"""Training in one process: where batches come from, the optimizer, the loop, checkpoints, and what is logged."""
+"""Training in one process: sources of batches, the optimizer, the loop, checkpoints, the log."""

@@ -127,7 +127,7 @@ def _write(
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError naming the first file of a step folder that is missing or not what was written."""
+    """Raises CheckpointError naming the first file that is missing or not what was written."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         recorded = {name: (files[name]["bytes"], files[name]["sha256"]) for name in FILES}

@@ -1,4 +1,4 @@
-"""Writing so that a power cut or a full disk leaves either the old or the new, and never something between."""
+"""Writing so that a power cut or a full disk leaves the old or the new, and never something between."""
 
 from __future__ import annotations
 

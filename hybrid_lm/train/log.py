@@ -141,6 +141,7 @@ class WandbSink:
     def __init__(self, config: WandbConfig, run_dir: Path, run_id: str, settings: dict[str, Any]):
         import wandb
 
+        assert config.mode != "off"
         self.run = wandb.init(
             project=config.project,
             entity=config.entity,

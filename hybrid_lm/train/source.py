@@ -38,7 +38,7 @@ class Source(Protocol):
         ...
 
     def eval_batches(self, n: int | None = None) -> Iterator[tuple[str, Batch]]:
-        """Held-out batches, each with the name of its slice; n: at most so many per slice, None: everything."""
+        """Held-out batches with the name of their slice; n: at most so many of text, None: everything."""
         ...
 
     def describe(self) -> str:
@@ -77,7 +77,8 @@ class TextSource:
     def __init__(self, config: RunConfig, data: TextData, store: TokenStore):
         self.store, self.data = store, data
         self.batch_size, self.accumulate = config.train.batch_size, config.train.accumulate
-        self.vocab_size, self.seq_len, self.tokenizer = store.vocab_size, data.seq_len, store.tokenizer
+        self.vocab_size, self.seq_len = store.vocab_size, data.seq_len
+        self.tokenizer: Tokenizer | None = store.tokenizer
         self.train = Windows(store.split("train"), data.seq_len, config.train.seed, data.packing)
         held_out = store.split("val")
         # A short held-out split still has one window; the training split must have one of full length.
