@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_lm.registry import unknown
+
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -42,7 +44,7 @@ def rope_table(
     options = dict(scaling or {})
     kind = options.get("rope_type", "default")
     if kind not in SCALINGS:
-        raise ValueError(f"rope: rope_type = {kind!r} is unknown; known: {', '.join(SCALINGS)}")
+        raise ValueError(f"rope: {unknown('rope_type', kind, SCALINGS)}")
     length = positions.max() + 1 if kind in ("dynamic", "longrope") else None
     frequency, factor = _FREQUENCIES[kind](dim, theta, options, max_positions, length, positions.device)
     angle = positions.to(torch.float32)[..., None] * frequency

@@ -1,0 +1,83 @@
+"""The scans equal the published models as transformers writes them, and keep precision in long sums."""
+
+import pytest
+import torch
+
+from hybrid_lm import ops
+
+# 2**8 rounded terms: t = 37 steps of sums over n <= 7
+SUMS = 2**8 * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_selective_scan_equals_mamba_s(backend: str) -> None:
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    b, t, d, n = 2, 37, 6, 7
+    x, dt, z, B, C = (torch.randn(b, t, k) for k in (d, d, d, n, n))
+    A, D, bias = -torch.rand(d, n), torch.randn(d), torch.randn(d)
+    y, state = ops.selective_scan(x, dt, A, B, C, D=D, z=z, dt_bias=bias, dt_softplus=True, backend=backend)
+    x, dt, z, B, C = (v.transpose(1, 2) for v in (x, dt, z, B, C))
+    theirs, last = mamba_selective_scan(
+        x, dt, A, B, C, D, z, bias, delta_softplus=True, return_last_state=True
+    )
+    assert (y - theirs.transpose(1, 2)).abs().max() <= SUMS * y.abs().max()
+    assert (state - last).abs().max() <= SUMS * state.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_ssd_equals_mamba2_s(backend: str) -> None:
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    b, t, h, p, g, n = 2, 37, 4, 3, 2, 7
+    x, dt, B, C = (
+        torch.randn(b, t, h, p),
+        torch.randn(b, t, h),
+        torch.randn(b, t, g, n),
+        torch.randn(b, t, g, n),
+    )
+    A, D, bias, initial = -torch.rand(h), torch.randn(h), torch.randn(h), torch.randn(b, h, p, n)
+    y, state = ops.ssd(
+        x, dt, A, B, C, D=D, dt_bias=bias, dt_softplus=True, dt_limit=(0.2, 1.5), initial=initial,
+        chunk=16, backend=backend,
+    )  # fmt: skip
+    theirs, last = mamba2_chunk_scan(
+        x, dt, A, B, C, chunk_size=8, D=D, dt_bias=bias, initial_states=initial, dt_softplus=True,
+        dt_limit=(0.2, 1.5), return_final_states=True,
+    )  # fmt: skip
+    assert (y - theirs).abs().max() <= SUMS * y.abs().max()
+    assert (state - last).abs().max() <= SUMS * state.abs().max()
+
+
+def test_ssd_keeps_precision_behind_a_large_step() -> None:
+    # In float32 the difference of two sums near -1e4 would lose 4 digits of the small decays that follow.
+    b, t, h, p, n = 1, 32, 1, 4, 4
+    x, B, C = torch.randn(b, t, h, p), torch.randn(b, t, 1, n), torch.randn(b, t, 1, n)
+    dt = torch.full((b, t, h), 1e-3)
+    dt[:, 4] = 1e4
+    exact, _ = ops.ssd(
+        x.double(), dt.double(), -torch.ones(h).double(), B.double(), C.double(), backend="reference"
+    )
+    y, _ = ops.ssd(x, dt, -torch.ones(h), B, C)
+    after = slice(5, None)
+    assert (y - exact)[:, after].abs().max() <= SUMS * exact[:, after].abs().max()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_ssd_with_one_channel_is_a_selective_scan_with_shared_decay(groups: int) -> None:
+    # h heads of one channel: the scan whose rows of A hold one number, with each group's B and C
+    b, t, h, n = 2, 19, 4, 3
+    x, dt, B, C = (torch.randn(b, t, *s, dtype=torch.float64) for s in ((h,), (h,), (groups, n), (groups, n)))
+    dt, A = dt.abs(), -torch.rand(h, dtype=torch.float64)
+    y, _ = ops.ssd(x[..., None], dt, A, B, C, chunk=8)
+    for group in range(groups):
+        heads = slice(group * h // groups, (group + 1) * h // groups)
+        rows = A[heads, None].expand(-1, n)
+        expected, _ = ops.selective_scan(x[..., heads], dt[..., heads], rows, B[:, :, group], C[:, :, group])
+        bound = 2**8 * torch.finfo(torch.float64).eps
+        assert (y[:, :, heads, 0] - expected).abs().max() <= bound * expected.abs().max()
