@@ -45,7 +45,8 @@ SCALINGS: list[dict[str, Any]] = [
     {"rope_type": "dynamic", "factor": 2.0},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     {
-        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 16, "beta_slow": 2,
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32,
+        "beta_fast": 16, "beta_slow": 2,
     },
     {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "truncate": False},
     {
@@ -79,7 +80,7 @@ def test_rope_table_equals_transformers(scaling: dict[str, Any], length: int) ->
     positions = torch.arange(length)[None].repeat(2, 1)
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
     ours = ops.rope_table(positions, 16, theta=500.0, scaling=scaling, max_positions=64)
-    # theirs repeats the frequencies for the second channels; an angle of `length` radians carries its rounding
+    # theirs repeats the frequencies for the second channels; angles reach `length` radians
     for mine, their in zip(ours, (cos, sin), strict=True):
         assert (mine - their[..., :8]).abs().max() <= FEW * length
 
