@@ -1,0 +1,126 @@
+"""Composition: norms, residuals, parallel branches, shared weights and Zamba's injection, each against its formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hybrid_lm.config.schema import BlockConfig, ModelConfig
+from hybrid_lm.layers.base import Context, LayerOptions
+from hybrid_lm.layers.block import Parallel, Residual, Shared
+from hybrid_lm.layers.mlp import MLP
+from hybrid_lm.model.build import build_model
+
+CTX = Context(torch.zeros(2, 5, dtype=torch.int64))
+
+
+def mlp(seed):
+    layer = MLP(8, MLP.Options(d_ff=12))
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=rng)
+    return layer.double()
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich", "none"])
+def test_residual_is_its_formula(placement):
+    layer = mlp(0)
+    block = BlockConfig(placement=placement, unit_offset=True, residual_multiplier=0.7)
+    residual = Residual(layer, block).double()
+    norms = [norm for norm in (residual.pre_norm, residual.post_norm) if norm is not None]
+    for i, norm in enumerate(norms):
+        torch.nn.init.constant_(norm.weight, 0.3 + i)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+
+    def normed(v, i):
+        return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-5) * (1 + 0.3 + i)
+
+    y = layer(normed(x, 0) if placement in ("pre", "sandwich") else x, None, CTX)[0]
+    if placement in ("post", "sandwich"):
+        y = normed(y, len(norms) - 1)
+    torch.testing.assert_close(residual(x, None, CTX)[0], x + 0.7 * y, rtol=1e-12, atol=1e-12)
+
+
+def test_parallel_branches_add_up():
+    one, two, x = mlp(1), mlp(2), torch.randn(2, 5, 8, dtype=torch.float64)
+    expected = one(x, None, CTX)[0] + two(x, None, CTX)[0]
+    torch.testing.assert_close(Parallel([one, two])(x, None, CTX)[0], expected)
+
+
+def zamba(**per_call):
+    layers = {
+        "m": {"type": "mlp", "d_ff": 12},
+        "s": {"type": "mlp", "d_ff": 16, "share": {"copies": 2}, **({"per_call": per_call} if per_call else {})},
+    }
+    config = {"d_model": 8, "vocab_size": 11, "pattern": "s m s m s", "layers": layers}
+    return build_model(ModelConfig.model_validate(config))
+
+
+def test_shared_weights_are_used_in_turn_and_stored_once():
+    model = zamba()
+    calls = [layer.layer for layer in model.layers if isinstance(layer.layer, Shared)]
+    assert calls[0].core is calls[2].core
+    assert calls[0].core is not calls[1].core
+    assert sorted({name.split(".")[1] for name in model.state_dict() if name.startswith("shared")}) == ["s"]
+    assert len([name for name in model.state_dict() if "up_proj" in name]) == 2 + 2
+    copy = __import__("copy").deepcopy(model)
+    assert copy.layers[0].layer.core is copy.shared["s"][0], "a copy shares its own weights"
+
+
+def test_per_call_parts_are_low_rank_additions_and_a_projection():
+    model = zamba(lora={"rank": 2, "on": ["up_proj"]}, out_proj=True)
+    call = model.layers[0].layer
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        assert torch.equal(call.lora["up_proj"].B, torch.zeros(16, 2)), "an adapter starts as no change"
+        torch.nn.init.normal_(call.lora["up_proj"].B)
+        core, lora = call.core, call.lora["up_proj"]
+        up = core.up_proj(x) + (x @ lora.A.T) @ lora.B.T
+        expected = call.out_proj(core.down_proj(torch.nn.functional.silu(core.gate_proj(x)) * up))
+        # float32 sums of tens of terms in two orders.
+        torch.testing.assert_close(call(x, None, CTX)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "message"),
+    [
+        ({"s": {"type": "mlp", "per_call": {"out_proj": True}}}, "s", "per_call: only a recipe with `share` has calls"),
+        (
+            {"s": {"type": "mlp", "share": True, "per_call": {"lora": {"rank": 1, "on": ["q_proj"]}}}},
+            "s",
+            "no matrix 'q_proj' in MLP; there are gate_proj, up_proj, down_proj",
+        ),
+        (
+            {"a": {"type": "mlp"}, "b": {"type": "mlp", "residual": {"placement": "post"}}},
+            "a+b",
+            "different `residual` settings",
+        ),
+    ],
+)
+def test_impossible_compositions_say_why(layers, pattern, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        build_model(ModelConfig.model_validate({"d_model": 8, "vocab_size": 11, "pattern": pattern, "layers": layers}))
+
+
+def test_injection_reaches_one_layer_only():
+    """Zamba2's equation: x + into(norm(x + block([x, embeddings]))): the block's output is not in the stream."""
+    layers = {
+        "b": {"type": "mlp", "d_ff": 6},
+        "m": {"type": "mlp", "d_ff": 12},
+        "z": {"type": "inject", "block": "b", "into": "m"},
+    }
+    model = build_model(
+        ModelConfig.model_validate({"d_model": 8, "vocab_size": 11, "pattern": "m z", "layers": layers})
+    ).double()
+    x, e = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    ctx = Context(CTX.positions, embeddings=e)
+    inject = model.layers[1].layer
+
+    def normed(v):
+        return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-5)
+
+    block, into = inject.block[0].layer, inject.into[0].layer
+    injected = block(normed(torch.cat([x, e], -1)), None, ctx)[0]
+    expected = x + into(normed(x + injected), None, ctx)[0]
+    torch.testing.assert_close(model.layers[1](x, None, ctx)[0], expected, rtol=1e-12, atol=1e-12)
+    assert LayerOptions().check(8) == ()
