@@ -300,7 +300,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Embedding:
-        """Cuts or extends the vocabulary; new rows are the mean of the old, or with `mean_resizing` off zero."""
+        """Cuts or extends the vocabulary; new rows are the mean of the old, or zero."""
         n = new_num_tokens or self.config.vocab_size
         if pad_to_multiple_of:
             n = -(-n // pad_to_multiple_of) * pad_to_multiple_of

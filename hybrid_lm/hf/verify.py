@@ -1,0 +1,123 @@
+"""Is an export the model? Asked in a fresh process that has torch and transformers, and nothing of ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lm.model.lm import HybridLM
+
+SLACK = 2**10
+"""Roundings that may add up: another backend sums in another order, and a few thousand products through the
+layers differ by less (the bound of the laws)."""
+
+ROWS, TOKENS, PROMPT, NEW = 2, 80, 12, 8
+
+CHILD = """
+import json, os, sys
+order = json.loads(sys.argv[1])
+sys.path[:] = order["path"]
+# `import` of these fails, and whoever looks for them finds nothing.
+for name in ("hybrid_lm", "pydantic", "einops"):
+    sys.modules[name] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, logging
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(order["threads"])
+model = AutoModelForCausalLM.from_pretrained(
+    order["folder"], trust_remote_code=True, dtype=getattr(torch, order["dtype"])
+).eval()
+tokens = load_file(order["work"] + "/in.safetensors")["tokens"]
+# No id ends the continuation: its length is compared too.
+model.generation_config.eos_token_id = None
+with torch.no_grad():
+    logits = model(tokens).logits
+    prompt = tokens[:, : order["prompt"]]
+    how = {"do_sample": False, "max_new_tokens": order["new"]}
+    new = model.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
+save_file({"logits": logits.contiguous(), "new": new.contiguous()}, order["work"] + "/out.safetensors")
+"""
+
+
+class VerificationError(ValueError):
+    """An export that does not load, or that is not the model it was made from."""
+
+
+@torch.no_grad()
+def verify(folder: Path, model: HybridLM) -> dict[str, Any]:
+    """Loads `folder` by its remote code alone; compares logits and a cached greedy continuation with `model`.
+
+    Both run in float32 (float64 for a float64 model) on the same weights, so that the bound is one of
+    rounding whatever type was written. Returns what was measured. Raises VerificationError.
+    """
+    dtype = torch.float64 if model.embed.weight.dtype == torch.float64 else torch.float32
+    # Backends, options and weights of `model` itself; only the arithmetic is widened.
+    wide = model if model.embed.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
+    e = model.config.embedding
+    limit = e.max_positions if e.positions == "learned" and e.max_positions else TOKENS
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size or 1, (ROWS, min(TOKENS, limit)), generator=rng)
+    prompt = max(1, min(PROMPT, tokens.shape[1] - NEW))
+    new = min(NEW, limit - prompt)
+    theirs = run_child(folder, tokens, dtype, prompt, new)
+    ours = wide(tokens).logits
+    bound = SLACK * torch.finfo(dtype).eps * float(ours.abs().max())
+    difference = float((theirs["logits"].to(dtype) - ours).abs().max())
+    if not difference <= bound:
+        raise VerificationError(
+            f"the export is not the model: logits differ by {difference:.3g}, rounding explains {bound:.3g}"
+        )
+    # Greedy, judged by our own logits: at each step the chosen token is the likeliest one but for rounding.
+    after = wide(theirs["new"][:, :-1]).logits[:, prompt - 1 :]
+    chosen = after.gather(-1, theirs["new"][:, prompt:, None])[..., 0]
+    regret = float((after.amax(-1) - chosen).max()) if new else 0.0
+    if theirs["new"].shape[1] != prompt + new or not regret <= 2 * bound:
+        raise VerificationError(
+            f"the export generates something else: a token {regret:.3g} below the likeliest, and rounding "
+            f"explains {2 * bound:.3g}"
+        )
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": tokens.numel(),
+        "max_abs_logit_difference": difference,
+        "bound": bound,
+        "greedy_tokens": ROWS * new,
+    }
+
+
+def run_child(folder: Path, tokens: Tensor, dtype: torch.dtype, prompt: int, new: int) -> dict[str, Tensor]:
+    """Logits (b t v) of `tokens`, and the continued prompts (b prompt+new), as the export computes them."""
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as work:
+        save_file({"tokens": tokens}, f"{work}/in.safetensors")
+        order = {
+            "folder": str(folder.resolve()),
+            "work": work,
+            "path": [entry for entry in sys.path if entry],
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "prompt": prompt,
+            "new": new,
+        }
+        # Remote code is copied to a cache before it runs: one that goes away with this check.
+        env = {**os.environ, "HF_MODULES_CACHE": f"{work}/modules", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", CHILD, json.dumps(order)], env=env, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise VerificationError(
+                f"the export does not load and run by itself:\n{done.stderr.strip()[-4000:]}"
+            )
+        return load_file(f"{work}/out.safetensors")
