@@ -81,3 +81,49 @@ def test_ssd_with_one_channel_is_a_selective_scan_with_shared_decay(groups: int)
         expected, _ = ops.selective_scan(x[..., heads], dt[..., heads], rows, B[:, :, group], C[:, :, group])
         bound = 2**8 * torch.finfo(torch.float64).eps
         assert (y[:, :, heads, 0] - expected).abs().max() <= bound * expected.abs().max()
+
+
+def gradient_of_A(
+    dtype: torch.dtype, inputs: dict[str, torch.Tensor], reset: torch.Tensor | None
+) -> torch.Tensor:
+    leaves = {k: v.to(dtype) for k, v in inputs.items()}
+    A = leaves.pop("A").requires_grad_()
+    y, _ = ops.ssd(**leaves, A=A, reset=reset)
+    return torch.autograd.grad(y.sum(), A)[0]
+
+
+def test_ssd_gradient_of_a_strong_decay_is_not_rounding_noise() -> None:
+    # Every decay is exp(-20): what A does to y is 1e-9 of y, below the rounding of sums of y itself.
+    x, B, C = (torch.randn(1, 32, 1, k) for k in (4, 3, 3))
+    inputs = {"x": x, "dt": torch.full((1, 32, 1), 20.0), "A": -torch.ones(1), "B": B, "C": C}
+    exact, single = (gradient_of_A(dtype, inputs, None) for dtype in (torch.float64, torch.float32))
+    assert (single - exact).abs() <= SUMS * exact.abs()
+
+
+def test_ssd_step_into_a_document_has_no_part_in_the_gradient_of_A() -> None:
+    # The decay there is 0 whatever the step: even a huge step must not lift rounding noise into the gradient.
+    x, B, C = (torch.randn(1, 32, 1, k) for k in (4, 3, 3))
+    dt, reset = torch.rand(1, 32, 1), torch.arange(32)[None] == 9
+    dt[:, 9], x[:, 9] = 1e7, 0
+    inputs = {"x": x, "dt": dt, "A": -torch.ones(1), "B": B, "C": C}
+    exact, single = (gradient_of_A(dtype, inputs, reset) for dtype in (torch.float64, torch.float32))
+    # 2**8 terms as large as the gradient itself and the largest y, 10
+    assert (single - exact).abs() <= SUMS * exact.abs().clamp(min=10)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_backward_leaves_the_given_gradient_as_it_is(batch: int) -> None:
+    t, d, n = 5, 6, 3
+    x, dt, B, C = (torch.randn(batch, t, k) for k in (d, d, n, n))
+    D = torch.randn(d, requires_grad=True)
+    y, _ = ops.selective_scan(x, dt, -torch.rand(d, n), B, C, D=D)
+    gy = torch.randn_like(y)
+    before = gy.clone()
+    torch.autograd.grad(y, D, gy)
+    assert torch.equal(gy, before)
+    h = torch.randn(batch, t, 2, 3, requires_grad=True)
+    y, _ = ops.ssd(h, dt[..., :2], -torch.rand(2), B[:, :, None], C[:, :, None])
+    gy = torch.randn_like(y)
+    before = gy.clone()
+    torch.autograd.grad(y, h, gy)
+    assert torch.equal(gy, before)
