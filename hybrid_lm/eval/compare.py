@@ -20,6 +20,8 @@ import numpy as np
 from hybrid_lm.eval.results import finite
 
 RESAMPLES = 10_000
+TEXT = "held-out text"
+"""The task of bits per byte."""
 DRAWS = 1 << 22
 """Random numbers held at a time."""
 
@@ -115,12 +117,11 @@ def outcomes(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Outc
     """The paired material of a run's results: (task, metric) -> outcomes."""
     if text := results.get("text"):
         hashes, nll, _, n_bytes = zip(*text["documents"], strict=True)
-        yield ("held-out text", "bits per byte"), _outcomes(hashes, nll, n_bytes, 1 / math.log(2), True)
+        yield (TEXT, "bits per byte"), _outcomes(hashes, nll, n_bytes, 1 / math.log(2), True)
     for row in results.get("probe") or ():
-        setting = " ".join(f"{key}={value}" for key, value in row["setting"].items())
         hashes = [f"{row['data_hash']}:{i}" for i in range(row["n_sequences"])]
         yield (
-            (f"{row['probe']} {setting}".strip(), "accuracy"),
+            (probe_task(row), "accuracy"),
             _outcomes(hashes, row["correct"], row["scored"]),
         )
     harness = results.get("harness") or {}
@@ -136,6 +137,11 @@ def outcomes(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Outc
                 yield (task, metric), _outcomes(hashes, nll, n_bytes, 1 / math.log(2), True)
             elif all(isinstance(value, int | float) for value in values):
                 yield (task, metric), _outcomes(hashes, values, np.ones(len(values)), 1.0, lower)
+
+
+def probe_task(row: Mapping[str, Any]) -> str:
+    """The name of a probe's setting as a task."""
+    return " ".join([row["probe"], *(f"{key}={value}" for key, value in row["setting"].items())])
 
 
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "perplexity", "brier_score", "ter", "wer"})

@@ -27,7 +27,8 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#dddddd",
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.8,
     # Same data, same bytes.

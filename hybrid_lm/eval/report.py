@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hybrid_lm.eval import compare, plots
 from hybrid_lm.eval.summary import Folders, Summary, read_runs, recall_axis, recall_points
-from hybrid_lm.eval.table import is_number, layers_table, results_table
+from hybrid_lm.eval.table import is_number, layers_table, number, results_table
 from hybrid_lm.train.disk import replace_text
 
 CSS = """
@@ -117,10 +117,23 @@ def findings(runs: Sequence[Summary]) -> Iterator[str]:
         if ranked:
             listed = ", ".join(f"{name} {point.accuracy:.3f}" for point, name in ranked)
             floor = ranked[0][0]
+            yield recall_models(runs)
             yield (
                 f"Recall at {axis} {hardest:g}: {listed}; a model that does not recall reaches "
                 f"{floor.plateau:.3f}, chance is {floor.chance:.4f}."
             )
+
+
+def recall_models(runs: Sequence[Summary]) -> str:
+    """What was tested on recall: the probes' own small models, which the text models only lend their
+    names."""
+    told = []
+    for run in runs:
+        models = sorted({(row["pattern"], row["parameters"]) for row in run.probe if "pattern" in row})
+        seeds = len({row["seed"] for row in run.probe if "seed" in row})
+        count = f"{seeds} seed{'s' if seeds != 1 else ''}"
+        told += [f"{run.name} {pattern} ({number(n)} parameters, {count})" for pattern, n in models]
+    return f"Models trained for recall: {'; '.join(told)}." if told else ""
 
 
 def compared(rows: Sequence[compare.Row]) -> str:
@@ -133,14 +146,24 @@ def _accuracy(item: tuple[plots.Point, str]) -> float:
 
 
 def verdicts(runs: Sequence[Summary], rows: Sequence[compare.Row]) -> Iterator[str]:
-    """For each hybrid against each run of one mixer: better, worse, or not told apart by this test."""
+    """For each hybrid against each run of one mixer, on text and on the hardest recall: better, worse, or not
+    told apart by this test."""
     by_name = {run.name: run for run in runs}
+    shown = headlines(runs)
     for row in rows:
-        if "one document" in row.test:
+        if row.p is None or row.task not in shown:
             continue
         for hybrid, other in ((row.baseline, row.other), (row.other, row.baseline)):
             if len(by_name[hybrid].mixers) > 1 and len(by_name[other].mixers) == 1:
                 yield verdict(row, hybrid, other)
+
+
+def headlines(runs: Sequence[Summary]) -> set[str]:
+    """The tasks that a short account names: held-out text, and recall where it is hardest."""
+    axis = recall_axis(row for run in runs for row in run.probe)
+    probe = [row for run in runs for row in run.probe if axis in row["setting"]]
+    hardest = max((row["setting"][axis] for row in probe), default=None)
+    return {compare.TEXT} | {compare.probe_task(row) for row in probe if row["setting"][axis] == hardest}
 
 
 def verdict(row: compare.Row, hybrid: str, other: str) -> str:
@@ -158,7 +181,7 @@ def verdict(row: compare.Row, hybrid: str, other: str) -> str:
         low, high = sorted((sign * row.low, sign * row.high))
         size += f", 95 % interval {low:+.4f} to {high:+.4f}"
     p = "" if row.p_holm is None else f", corrected p {row.p_holm:.2g}"
-    return f"The hybrid {hybrid} is {what} {other} in {row.task}, {row.metric}: {size}{p}."
+    return f"{hybrid}, a hybrid, is {what} {other} in {row.task}, {row.metric}: {size}{p}."
 
 
 def baselines(runs: Sequence[Summary]) -> dict[str, float]:
@@ -207,7 +230,7 @@ def section(title: str, body: str) -> str:
 
 
 def bullets(lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{html.escape(line)}</li>\n" for line in lines)
+    items = "".join(f"<li>{html.escape(line)}</li>\n" for line in lines if line)
     return f"<ul>{items}</ul>" if items else ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from hybrid_lm.config.schema import ProbeData, RunConfig, TextData
 from hybrid_lm.data import TokenStore
 from hybrid_lm.eval.language import Progress, compression_baselines, evaluate_text, held_out
 from hybrid_lm.eval.probe import Row, evaluate_probe
-from hybrid_lm.eval.results import read_rows, write_results, write_rows
+from hybrid_lm.eval.results import read_results, read_rows, write_results, write_rows
+from hybrid_lm.eval.tasks import task_names, write_tasks
 from hybrid_lm.model.generate import generate
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.model.stats import layer_table, totals
@@ -70,6 +71,62 @@ def evaluate_run(
         sections["sample"] = {"prompt": prompt, "text": sample(run, prompt)}
     write_results(run.path, **sections)
     return sections
+
+
+def evaluate_tasks(
+    run_dir: str | Path,
+    tasks: Sequence[str],
+    *,
+    step: int | None = None,
+    device: str = "auto",
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    max_bytes: int | None = None,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    offline: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Runs lm-eval tasks on a trained run and adds them to its results.json; returns what `run_tasks` does.
+
+    The tasks of `tasks.task_names()` are made from the run's held-out text, in its folder `lm_eval`.
+
+    Args:
+        max_bytes: of held-out text for those, as in `evaluate_run`.
+        max_length: tokens that the model reads at a time; by default the length it was trained on.
+
+    Raises:
+        ValueError: for a run without text, an unknown task, and all that `load_run` refuses.
+    """
+    from hybrid_lm.eval.harness import run_tasks
+
+    run = load_run(run_dir, step=step, device=pick_device(device))
+    if run.tokenizer is None or not isinstance(run.config.data, TextData):
+        raise ValueError(f"{run.path}: a run on a probe has no tokenizer; lm-eval needs a run on text")
+    length = max_length or run.config.data.seq_len
+    if set(tasks) & set(task_names()):
+        if include_path is not None:
+            raise ValueError(
+                f"the tasks {', '.join(task_names())} have a folder of their own: leave include_path out"
+            )
+        include_path = run.path / "lm_eval"
+        # A question's context and its answer fit into the window.
+        write_tasks(held_out_texts(run, max_bytes), include_path, context=max(64, length - 48))
+    found = run_tasks(
+        run.model,
+        run.tokenizer,
+        tasks,
+        max_length=length,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        offline=offline,
+        progress=progress,
+    )
+    before = read_results(run.path).get("harness") or {}
+    merged = {key: {**before.get(key, {}), **found[key]} for key in ("results", "versions", "samples")}
+    write_results(run.path, harness={**found, **merged})
+    return found
 
 
 def held_out_texts(run: Run, max_bytes: int | None = None) -> list[str]:

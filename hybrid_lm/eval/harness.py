@@ -1,0 +1,129 @@
+"""lm-eval on our models, in this process and without a network. lm_eval is imported here and in `adapter`
+only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hybrid_lm.data import Tokenizer
+from hybrid_lm.data.optional import MissingPackage
+from hybrid_lm.eval.language import Progress
+from hybrid_lm.model.lm import HybridLM
+from hybrid_lm.registry import unknown
+
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def run_tasks(
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    max_length: int,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    offline: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Runs lm-eval tasks.
+
+    Args:
+        tasks: names, of the tasks in `include_path` or of those that lm-eval comes with.
+        max_length: tokens that the model reads at a time; longer prompts lose their beginning.
+        include_path: a folder of task YAMLs.
+        limit: questions per task; by default all.
+        batch_size: prompts per forward pass; changes speed, not results.
+        progress: called with the requests done and those to do, for each sort of request anew.
+        offline: never ask the network, in this process from now on. lm-eval's own tasks need it for their
+            data.
+
+    Returns:
+        `results` (task -> metric,filter -> value), `versions` (of the tasks), `samples` (task -> a list of
+        `hash` and `metrics` per question, for `compare`), `lm_eval` (its version), `max_length`, `limit`.
+
+    Raises:
+        ValueError: for an unknown task, and without lm-eval (MissingPackage).
+    """
+    prepare_import(offline)
+    import lm_eval
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from hybrid_lm.eval.adapter import HarnessModel
+
+    where = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=where, include_defaults=False)
+    # lm-eval's own index of thousands of tasks is read only if a name asks for it.
+    if not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=where)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise ValueError(unknown("task", task, nearby(task, manager.all_tasks)))
+    lm = HarnessModel(model, tokenizer, max_length=max_length, batch_size=batch_size, progress=progress)
+    with without_bars():
+        # Its bootstrap starts a pool of processes; intervals are ours, paired, in `compare`.
+        found: Any = simple_evaluate(
+            model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0
+        )
+    assert found is not None
+    samples = {task: [sample(row) for row in rows] for task, rows in found["samples"].items()}
+    return {
+        "results": {task: dict(metrics) for task, metrics in found["results"].items()},
+        "versions": dict(found["versions"]),
+        "samples": samples,
+        "lm_eval": lm_eval.__version__,
+        "max_length": max_length,
+        "limit": limit,
+    }
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of lm_eval's and datasets', one for each preparation that takes no time."""
+    from tqdm import tqdm
+
+    before = tqdm.__init__
+
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+        before(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = silent
+    try:
+        yield
+    finally:
+        tqdm.__init__ = before
+
+
+def prepare_import(offline: bool) -> None:
+    """What must be said before lm_eval is first imported. Raises MissingPackage if it is not installed."""
+    if find_spec("lm_eval") is None:
+        raise MissingPackage("lm-eval tasks need the package lm_eval: pip install 'hybrid_lm[eval]'")
+    if offline:
+        os.environ.update(dict.fromkeys(OFFLINE, "1"))
+        # These read the environment when they are imported, which may have been earlier.
+        for name in ("huggingface_hub.constants", "datasets.config"):
+            if module := sys.modules.get(name):
+                for variable in OFFLINE[:2]:
+                    if hasattr(module, variable):
+                        setattr(module, variable, True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Its warnings are about its own defaults.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def sample(row: dict[str, Any]) -> dict[str, Any]:
+    """Of lm-eval's record of a question, what a paired comparison needs."""
+    return {"hash": row["doc_hash"], "metrics": {name: row[name] for name in row["metrics"]}}
+
+
+def nearby(task: str, known: Iterable[str]) -> list[str]:
+    """The known tasks that share their first letters with a wrong name: all of them are thousands."""
+    return [name for name in known if name[:4].lower() == task[:4].lower()][:20]
