@@ -172,10 +172,15 @@ def read(folder: Path, *, optimizer: bool = True) -> Checkpoint:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise CheckpointError(f"{folder}: format {state['format']}, this version reads format {FORMAT}")
-        moments = load_file(folder / "optimizer.safetensors") if optimizer else {}
-        return Checkpoint(state["step"], load_file(folder / "model.safetensors"), moments, state, folder)
+        moments = _tensors(folder / "optimizer.safetensors") if optimizer else {}
+        return Checkpoint(state["step"], _tensors(folder / "model.safetensors"), moments, state, folder)
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{folder}: damaged: {error}") from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    # load_file maps the file into memory; copies, because what happens to it must not happen to the run.
+    return {name: x.clone() for name, x in load_file(path).items()}
 
 
 def step_folders(run_dir: Path) -> list[Path]:
