@@ -79,7 +79,7 @@ def evaluate(a: Arguments) -> None:
             progress=moved,
         )
     if a.tasks:
-        from hybrid_lm.eval.harness import evaluate_tasks
+        from hybrid_lm.eval.run import evaluate_tasks
 
         evaluate_tasks(a.run, a.tasks.split(","), step=a.step, include_path=a.include_path, limit=a.limit)
     print_table(console(), "", *results_table(read_runs([a.run])))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -76,6 +76,11 @@ def _start(x: Tensor, kind: str, init: InitConfig, n_layers: int, rng: torch.Gen
             x.div_(math.sqrt(n_layers))
 
 
+def own_seed(seed: int, name: str) -> int:
+    """A seed for one parameter. 32 bits: the CPU's generator ignores higher ones."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, init: InitConfig, *, n_layers: int, seed: int = 0) -> None:
     """Gives every parameter its starting values, in place.
@@ -84,7 +89,7 @@ def initialise(model: nn.Module, init: InitConfig, *, n_layers: int, seed: int =
     values do not depend on the device, the dtype, or the order in which the model was built.
     """
     for name, parameter, spec in entries(model):
-        rng = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+        rng = torch.Generator().manual_seed(own_seed(seed, name))
         x = torch.empty(parameter.shape, dtype=torch.float32)
         if spec.init is not None:
             spec.init(x, rng)
