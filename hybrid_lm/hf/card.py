@@ -20,7 +20,8 @@ tags: [hybrid_lm, state-space, hybrid]
 # {name}
 
 A causal language model of {n_layers} residual layers, {parameters:,} parameters, d_model {d_model},
-vocabulary {vocab:,}. Exported by hybrid_lm {version}. The code is in this folder; it needs torch and transformers only.
+vocabulary {vocab:,}. Exported by hybrid_lm {version}. The code is in this folder; it needs torch and
+transformers only.
 
 Pattern: `{pattern}`
 

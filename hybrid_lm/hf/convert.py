@@ -188,7 +188,7 @@ def export(
 
 def as_exported(model: HybridLM, dtype: torch.dtype | None) -> HybridLM:
     """The model on the CPU, in evaluation mode and of the given type: itself if it is that, else a copy."""
-    weight: torch.Tensor = model.embed.weight
+    weight = next(model.parameters())
     there, wanted = weight.device.type, dtype or weight.dtype
     if not model.training and there == "cpu" and wanted == weight.dtype:
         return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +58,14 @@ class Source:
         return next((s for s in self.statements if name in s.defines), None)
 
 
+@cache
 def file_of(module: str) -> Path | None:
     """The source of one of our modules, found without importing anything; None if there is no such module."""
     place = Path(hybrid_lm.__file__).parents[1].joinpath(*module.split("."))
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
+@cache
 def read_source(name: str) -> Source:
     """Reads a module of ours without running it."""
     path = file_of(name)

@@ -182,22 +182,18 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         }
         if device.type != "meta":
             for parameter in model.parameters():
-                setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - not a known attribute
+                mark_filled(parameter)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        # Called for each module; a parameter's start depends on its full name, so all are started here.
-        if module is not self:
-            return
-        missing = [
-            entry
-            for entry in entries(self.model)
-            if not getattr(entry.parameter, "_is_hf_initialized", False)
-        ]
+        # Called for modules that a checkpoint left incomplete. A parameter's start depends on its full name, so
+        # the first call starts all that are missing.
+        missing = [entry for entry in entries(self.model) if not is_filled(entry.parameter)]
         if missing:
             fresh = dict(build_model(self.config.model_config()).named_parameters())
             for entry in missing:
                 hf_init.copy_(entry.parameter, fresh[entry.name])
+                mark_filled(entry.parameter)
 
     @can_return_tuple
     def forward(
@@ -321,6 +317,16 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             self.config.vocab_size = self.config.architecture["vocab_size"] = n
             self.model.config = self.model.config.model_copy(update={"vocab_size": n})
         return self.model.embed
+
+
+def mark_filled(parameter: Tensor) -> None:
+    """Tells transformers that a parameter has its values."""
+    vars(parameter)["_is_hf_initialized"] = True
+
+
+def is_filled(parameter: Tensor) -> bool:
+    """Whether transformers, or `mark_filled`, says that a parameter has its values."""
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 AutoConfig.register("hybrid_lm", HybridLMConfig, exist_ok=True)
