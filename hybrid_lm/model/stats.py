@@ -9,6 +9,7 @@ from torch import nn
 from hybrid_lm.config.pattern import expand
 from hybrid_lm.layers.base import Layer
 from hybrid_lm.layers.block import Shared
+from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import POLICY, entries
 from hybrid_lm.model.lm import HybridLM
 
@@ -45,7 +46,7 @@ def matrix_elements(layer: nn.Module) -> int:
 
 
 def state_bytes(layer: Layer, tokens: int) -> int:
-    """Bytes of the layer's memory for one sequence with room for `tokens`, measured on the tensors."""
+    """Bytes of the memory of a layer on the meta device for one sequence with room for `tokens`, measured on its tensors."""
     state = layer.empty_state(1, max_tokens=tokens)
     return 0 if state is None else state.nbytes
 
@@ -53,6 +54,10 @@ def state_bytes(layer: Layer, tokens: int) -> int:
 def layer_table(model: HybridLM, context: int = 2048) -> list[LayerRow]:
     """A row for each residual layer. Build the model with `weights=False` to look at one of any size."""
     config, rows, counted = model.config, [], set()
+    if not model.embed.weight.is_meta:
+        # A memory with room for a million tokens is only looked at.
+        dtype = model.embed.weight.dtype
+        model = build_model(config, backend=model.backends, weights=False).to(dtype)
     items = expand(config.pattern, list(config.layers), config.depth)
     for index, (name, layer) in enumerate(zip(items, model.layers, strict=True)):
         parameters = count(layer)

@@ -10,7 +10,7 @@ from hybrid_lm.train.source import product
 
 
 def filled(config: RunConfig) -> RunConfig:
-    """`config` with `model.vocab_size` set. ValueError where only training a tokenizer on the text would tell."""
+    """`config` with `model.vocab_size` set. ValueError where only a tokenizer trained on the text would tell."""
     if config.model.vocab_size is not None:
         return config
     data = config.data
