@@ -186,7 +186,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        # Called for modules that a checkpoint left incomplete. A parameter's start depends on its full name, so
+        # Called for modules that a checkpoint left incomplete. A parameter's start depends on its full name:
         # the first call starts all that are missing.
         missing = [entry for entry in entries(self.model) if not is_filled(entry.parameter)]
         if missing:
