@@ -36,7 +36,7 @@ def run_tasks(
     """Runs lm-eval tasks.
 
     Args:
-        tasks: names, of the tasks in `include_path` or of those that lm-eval comes with.
+        tasks: names, of the tasks in `include_path`; without it, of those that lm-eval comes with.
         max_length: tokens that the model reads at a time; longer prompts lose their beginning.
         include_path: a folder of task YAMLs.
         limit: questions per task; by default all.
@@ -47,7 +47,7 @@ def run_tasks(
 
     Returns:
         `results` (task -> metric,filter -> value), `versions` (of the tasks), `samples` (task -> a list of
-        `hash` and `metrics` per question, for `compare`), `lm_eval` (its version), `max_length`, `limit`.
+        `hash` and `metrics` per question, for `compare`), `lm_eval` (its version), `max_length`.
 
     Raises:
         ValueError: for an unknown task, and without lm-eval (MissingPackage).
@@ -59,11 +59,11 @@ def run_tasks(
 
     from hybrid_lm.eval.adapter import HarnessModel
 
-    where = None if include_path is None else str(include_path)
-    manager = TaskManager(include_path=where, include_defaults=False)
-    # lm-eval's own index of thousands of tasks is read only if a name asks for it.
-    if not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=where)
+    # lm-eval's own index of thousands of tasks takes its time: it is read only where no folder is named.
+    manager = TaskManager(
+        include_path=None if include_path is None else str(include_path),
+        include_defaults=include_path is None,
+    )
     for task in tasks:
         if task not in manager.all_tasks:
             raise ValueError(unknown("task", task, nearby(task, manager.all_tasks)))
@@ -81,7 +81,6 @@ def run_tasks(
         "samples": samples,
         "lm_eval": lm_eval.__version__,
         "max_length": max_length,
-        "limit": limit,
     }
 
 

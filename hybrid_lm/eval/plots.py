@@ -198,10 +198,10 @@ def banded(nats: Sequence[float | None]) -> tuple[list[float], list[float]]:
     edges = np.unique(np.geomspace(1, len(nats) + 1, BANDS + 1).round().astype(int)) if nats else np.array([])
     x, y = [], []
     for low, high in itertools.pairwise(edges.tolist()):
-        seen = [value for value in nats[low - 1 : high - 1] if value is not None]
+        seen = [(i, value) for i, value in enumerate(nats[low - 1 : high - 1], low) if value is not None]
         if seen:
-            x.append(math.sqrt(low * (high - 1)))
-            y.append(sum(seen) / len(seen) / math.log(2))
+            x.append(math.sqrt(seen[0][0] * seen[-1][0]))
+            y.append(sum(value for _, value in seen) / len(seen) / math.log(2))
     return x, y
 
 

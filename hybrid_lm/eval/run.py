@@ -39,6 +39,7 @@ def evaluate_run(
     stride: int | None = None,
     batch_size: int = 8,
     prompt: str = PROMPT,
+    sample_tokens: int = 300,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measures a trained run and puts what was found into its results.json; returns the new sections.
@@ -53,6 +54,7 @@ def evaluate_run(
         stride: see `language.windows`.
         batch_size: windows per forward pass on text.
         prompt: of the sample.
+        sample_tokens: made at most.
 
     Raises:
         ValueError: for no run, no checkpoint, damaged files, or data that is gone.
@@ -68,7 +70,7 @@ def evaluate_run(
         how = {"stride": stride, "batch_size": batch_size, "progress": progress}
         found = evaluate_text(run.model, texts, run.tokenizer, seq_len=seq_len, **how)
         sections["text"] = found.to_dict() | {"baselines": compression_baselines(texts)}
-        sections["sample"] = {"prompt": prompt, "text": sample(run, prompt)}
+        sections["sample"] = {"prompt": prompt, "text": sample(run, prompt, sample_tokens)}
     write_results(run.path, **sections)
     return sections
 
@@ -87,7 +89,8 @@ def evaluate_tasks(
     offline: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Runs lm-eval tasks on a trained run and adds them to its results.json; returns what `run_tasks` does.
+    """Runs lm-eval tasks on a trained run and puts what `run_tasks` returns into its results.json, beside
+    other tasks of the same checkpoint and length.
 
     The tasks of `tasks.task_names()` are made from the run's held-out text, in its folder `lm_eval`.
 
@@ -104,14 +107,17 @@ def evaluate_tasks(
     if run.tokenizer is None or not isinstance(run.config.data, TextData):
         raise ValueError(f"{run.path}: a run on a probe has no tokenizer; lm-eval needs a run on text")
     length = max_length or run.config.data.seq_len
-    if set(tasks) & set(task_names()):
-        if include_path is not None:
+    own = [task for task in tasks if task in task_names()]
+    if own:
+        if include_path is not None or len(own) < len(tasks):
             raise ValueError(
-                f"the tasks {', '.join(task_names())} have a folder of their own: leave include_path out"
+                f"{', '.join(own)}: made from the run's text, in its folder; run other tasks apart from these"
             )
         include_path = run.path / "lm_eval"
         # A question's context and its answer fit into the window.
-        write_tasks(held_out_texts(run, max_bytes), include_path, context=max(64, length - 48))
+        texts = held_out_texts(run, max_bytes)
+        if missing := set(own) - set(write_tasks(texts, include_path, context=max(64, length - 48))):
+            raise ValueError(f"{', '.join(missing)}: the held-out text has no questions in it; use more text")
     found = run_tasks(
         run.model,
         run.tokenizer,
@@ -123,9 +129,13 @@ def evaluate_tasks(
         offline=offline,
         progress=progress,
     )
+    found["step"] = run.step
     before = read_results(run.path).get("harness") or {}
-    merged = {key: {**before.get(key, {}), **found[key]} for key in ("results", "versions", "samples")}
-    write_results(run.path, harness={**found, **merged})
+    # Scores of another checkpoint or another length do not stand beside these.
+    if all(before.get(key) == found[key] for key in ("step", "max_length")):
+        for key in ("results", "versions", "samples"):
+            found[key] = {**before[key], **found[key]}
+    write_results(run.path, harness=found)
     return found
 
 
@@ -148,7 +158,7 @@ def model_facts(run: Run) -> dict[str, Any]:
     return {"pattern": model.config.pattern, **totals(model, context)._asdict(), "layers": rows}
 
 
-def sample(run: Run, prompt: str, max_new_tokens: int = 300) -> str:
+def sample(run: Run, prompt: str, max_new_tokens: int) -> str:
     """A continuation at temperature 0.8, always the same; the prompt stands at the beginning of a
     document."""
     tokenizer = run.tokenizer

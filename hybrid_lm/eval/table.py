@@ -11,10 +11,15 @@ from rich.table import Table
 from hybrid_lm.eval.summary import Summary, recall_axis, recall_points
 
 NONE = "-"
+OWN = "hybrid_lm_"
+"""Of our own tasks' names, left out where there is little room."""
 
 
 def results_table(runs: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """Header and one line per run, of the columns for which any run has something."""
+    """Header and one line per run, of the columns for which any run has something.
+
+    Recall is at the hardest setting, mean over seeds; of an lm-eval task its first metric is shown.
+    """
     axis = recall_axis(row for run in runs for row in run.probe)
     hardest = max((row["setting"].get(axis, 0) for run in runs for row in run.probe), default=None)
     columns = [("run", [run.name for run in runs])]
@@ -25,18 +30,27 @@ def results_table(runs: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     ]
     if axis is not None and hardest is not None:
         columns.append((f"recall, {axis} {hardest:g}", [_recall(run, axis, hardest) for run in runs]))
-    for task, metric in sorted({key for run in runs for key, _ in harness_scores(run.harness)}):
+    firsts = {task: metric for run in runs for (task, metric), _ in reversed([*harness_scores(run.harness)])}
+    for task, metric in sorted(firsts.items()):
         scores = [dict(harness_scores(run.harness)).get((task, metric)) for run in runs]
-        columns.append((f"{task} {metric}", [NONE if x is None else f"{x:.4f}" for x in scores]))
+        name = f"{task.removeprefix(OWN)} {metric.replace('_', ' ')}"
+        columns.append((name, [NONE if x is None else f"{x:.4f}" for x in scores]))
     columns += [
         ("train tokens/s", [number(run.tokens_per_s) for run in runs]),
-        ("state, fixed", [size(_model(run, "state_bytes_fixed")) for run in runs]),
-        ("state, per token", [size(_model(run, "state_bytes_per_token")) for run in runs]),
+        ("state", [state(run.model) for run in runs]),
     ]
     kept = [(name, cells) for name, cells in columns if name == "run" or any(cell != NONE for cell in cells)]
     return [name for name, _ in kept], [
         list(line) for line in zip(*(cells for _, cells in kept), strict=True)
     ]
+
+
+def state(model: Mapping[str, Any] | None) -> str:
+    """Memory of one sequence: what is fixed and what each token adds."""
+    if model is None:
+        return NONE
+    parts = [(model["state_bytes_fixed"], ""), (model["state_bytes_per_token"], "/token")]
+    return " + ".join(size(n) + unit for n, unit in parts if n) or "none"
 
 
 def layers_table(model: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -112,4 +126,4 @@ def _recall(run: Summary, axis: str, x: float) -> str:
     if not points:
         return NONE
     (point,) = points
-    return f"{point.accuracy:.3f} ({point.low:.3f} .. {point.high:.3f})"
+    return f"{point.accuracy:.3f} [{point.low:.2f}, {point.high:.2f}]"
