@@ -19,7 +19,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 2)), ":")
 STYLE: Any = {
-    "figure.figsize": (5.6, 3.9),
+    "figure.figsize": (5.6, 4.3),
     "figure.constrained_layout.use": True,
     "font.size": 11,
     "axes.titlesize": 12,
@@ -27,8 +27,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#dddddd",
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
+    "legend.frameon": False,
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.8,
     # Same data, same bytes.
@@ -47,7 +46,13 @@ def draw(plot: Callable[[Any], None]) -> str:
         raise MissingPackage("the report's plots need matplotlib: pip install 'hybrid_lm[eval]'") from None
     with matplotlib.rc_context(STYLE):
         figure = Figure()
-        plot(figure.subplots())
+        axes = figure.subplots()
+        plot(axes)
+        # Below the axes it hides nothing, whatever the data.
+        if len(names := axes.get_legend_handles_labels()[1]):
+            figure.legend(
+                loc="outside lower center", ncols=2 if max(map(len, names)) < 32 else 1, handlelength=3
+            )
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": "hybrid_lm"})
     return out.getvalue()
@@ -162,7 +167,7 @@ def recall_memory(runs: Sequence[Summary]) -> str | None:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda x, _: short(x, 1024))
         ax.set_ylim(-0.03, 1.05)
-        label(ax, f"Recall for memory, {axis} {hardest:g}", "state per sequence, bytes", "accuracy")
+        label(ax, f"Recall for memory, {axis} {hardest:g}", "state per sequence, bytes (k: 1024)", "accuracy")
 
     return draw(plot)
 
@@ -177,12 +182,10 @@ def runs_probe(runs: Sequence[Summary]) -> str:
 
 
 def label(ax: Any, title: str, x: str, y: str) -> None:
-    """Title, axis names, and a legend where there is room."""
+    """Title and axis names."""
     ax.set_title(title, loc="left")
     ax.set_xlabel(x)
     ax.set_ylabel(y)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="best", handlelength=3)
 
 
 def smooth(x: np.ndarray, half: int) -> np.ndarray:
