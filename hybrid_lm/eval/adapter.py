@@ -55,8 +55,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For (text, context tokens, continuation tokens): log p of the continuation, and whether it is the
-        greedy one."""
+        """For (text, context tokens, continuation tokens): log p of the continuation, is it the greedy one."""
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         # Requests of like length share a batch; the longest first, so that too little memory shows at once.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
@@ -71,8 +70,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _pack(self, pairs: Sequence[Sequence[list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels (b t): what does not fit is cut from the beginning, filler stands on the
-        right."""
+        """Tokens and labels (b t): what does not fit is cut from the beginning, filler is on the right."""
         streams = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
         width = max(len(stream) - 1 for stream in streams)
         tokens = np.full((len(pairs), width), self.eot_token_id, dtype=np.int64)

@@ -64,8 +64,7 @@ class Row:
     """95 % interval of the difference by paired bootstrap; None with fewer than two documents."""
     high: float | None
     p: float | None
-    """Two-sided: exact McNemar where each question is right or wrong, else documents' labels swapped at
-    random."""
+    """Two-sided: exact McNemar where each question is right or wrong, else random swaps of the two runs."""
     p_holm: float | None
     """p corrected for the number of rows by Holm 1979."""
     n: int
@@ -157,8 +156,10 @@ def _outcomes(
 def bootstrap(
     difference: np.ndarray, weights: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of sum(difference) / sum(weights), both (n), by resampling documents. Efron 1979,
-    percentile form."""
+    """95 % interval of sum(difference) / sum(weights), both (n): percentiles of resampled documents.
+
+    Efron 1979, Ann. Statist. 7, p. 1.
+    """
     rng, n = np.random.default_rng(seed), len(difference)
     ratios = [
         difference[draw].sum(1) / weights[draw].sum(1)
@@ -186,8 +187,10 @@ def swap_test(difference: np.ndarray, *, resamples: int = RESAMPLES, seed: int =
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p from the questions that only one of two runs gets right. McNemar 1947, binomial
-    form."""
+    """Exact two-sided p from the questions that only one of two runs gets right.
+
+    McNemar 1947, Psychometrika 12, p. 153; in the binomial form.
+    """
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)

@@ -1,5 +1,4 @@
-"""lm-eval on our models, in this process and without a network. lm_eval is imported here and in `adapter`
-only."""
+"""lm-eval on our models, in this process, without a network; lm_eval is imported here and in `adapter`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Bits per byte and perplexity of held-out text, with a stride; the same windows as lm-eval's rolling
-log-likelihood."""
+"""Bits per byte and perplexity of held-out text, in the windows of lm-eval's rolling log-likelihood."""
 
 from __future__ import annotations
 
@@ -63,8 +62,7 @@ class DocumentScore(NamedTuple):
 
 @dataclass(frozen=True)
 class LanguageResult:
-    """How well a model predicts some documents. The end-of-text token is context only, its prediction is not
-    scored."""
+    """How well a model predicts some documents. The end-of-text token is context, and never scored."""
 
     nll_nats: float
     """Sum over all scored tokens."""
@@ -74,8 +72,7 @@ class LanguageResult:
     seq_len: int
     stride: int
     by_position: list[float | None]
-    """Mean nats at each place of a window: entry i is over tokens with i + 1 tokens of context, the EOT
-    included."""
+    """Mean nats at each place of a window: entry i is over tokens with i + 1 tokens of context (EOT too)."""
     documents: list[DocumentScore]
 
     @property
@@ -214,8 +211,7 @@ def _streams(
 def _pack(
     streams: Sequence[np.ndarray], batch: Sequence[tuple[int, Window]], filler: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and labels (b t) of some windows. The models are causal: filler on the right changes nothing
-    before it."""
+    """Tokens and labels (b t) of some windows; models are causal, so filler on the right changes nothing."""
     width = max(window.end - window.begin for _, window in batch)
     tokens = np.full((len(batch), width), filler, dtype=np.int64)
     labels = np.full((len(batch), width), IGNORE, dtype=np.int64)
@@ -229,4 +225,4 @@ def _losses(model: HybridLM, tokens: np.ndarray, labels: np.ndarray) -> np.ndarr
     """Nats (b t), float64."""
     device = model.head_weight.device
     loss = model.token_loss(torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device))
-    return loss.nll.double().cpu().numpy()
+    return loss.nll.cpu().double().numpy()

@@ -144,8 +144,7 @@ def recall(runs: Sequence[Summary]) -> str | None:
 
 
 def recall_memory(runs: Sequence[Summary]) -> str | None:
-    """Accuracy at the hardest setting over measured state bytes; published points of larger settings in
-    grey."""
+    """Accuracy at the hardest setting over measured state bytes; grey: published, of larger settings."""
     axis = recall_axis(row for run in runs for row in run.probe)
     hardest = max((row["setting"].get(axis, 0) for run in runs for row in run.probe), default=None)
     if axis is None or hardest is None:

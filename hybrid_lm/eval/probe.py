@@ -24,8 +24,7 @@ Row = dict[str, Any]
 """One tested setting, as plain values for JSON; `evaluate_probe` lists the keys."""
 
 TEST_SEED = 1_000_003
-"""Of the reported test examples: the same for all runs, and not those that validation or early stopping has
-seen."""
+"""Of the reported test examples: the same for all runs, and none that validation has seen."""
 
 
 def evaluate_probe(
@@ -101,7 +100,7 @@ def score(
             wanted = torch.from_numpy(labels[rows][sequence, place]).to(device)
             logits = model.logits(x[torch.from_numpy(sequence), torch.from_numpy(place)]).float()
             right = (logits.argmax(-1) == wanted).cpu().numpy()
-            loss = F.cross_entropy(logits, wanted, reduction="none").double().cpu().numpy()
+            loss = F.cross_entropy(logits, wanted, reduction="none").cpu().double().numpy()
             np.add.at(correct, start + sequence, right)
             np.add.at(nll, start + sequence, loss)
     return correct, nll
@@ -127,8 +126,7 @@ def wilson(correct: np.ndarray, scored: np.ndarray, z: float = 1.959964) -> tupl
 
 
 def measured_bytes(model: HybridLM, tokens: np.ndarray) -> int:
-    """Bytes of the model's whole memory of one sequence after reading tokens (1 t): conv states, types and
-    all."""
+    """Bytes of the model's whole memory of one sequence after reading tokens (1 t)."""
     state = model.empty_state(1)
     with evaluating(model):
         model.features(torch.from_numpy(tokens).to(model.head_weight.device), state=state)

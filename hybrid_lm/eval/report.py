@@ -84,8 +84,7 @@ COMPARED_NOTE = (
 
 
 def comparisons(runs: Sequence[Summary]) -> tuple[list[compare.Row], list[str]]:
-    """All pairs of runs on everything that both were tested on, corrected together for their number, and why
-    a pair was left out."""
+    """All pairs of runs on what both were tested on, corrected together, and why a pair was left out."""
     results = {run.name: run.results for run in runs}
     tasks = {name: {key for key, _ in compare.outcomes(found)} for name, found in results.items()}
     rows, refusals = [], []
@@ -125,8 +124,7 @@ def findings(runs: Sequence[Summary]) -> Iterator[str]:
 
 
 def recall_models(runs: Sequence[Summary]) -> str:
-    """What was tested on recall: the probes' own small models, which the text models only lend their
-    names."""
+    """What was tested on recall: the probes' own models, which share only a name with the text models."""
     told = []
     for run in runs:
         models = sorted({(row["pattern"], row["parameters"]) for row in run.probe if "pattern" in row})
@@ -146,8 +144,7 @@ def _accuracy(item: tuple[plots.Point, str]) -> float:
 
 
 def verdicts(runs: Sequence[Summary], rows: Sequence[compare.Row]) -> Iterator[str]:
-    """For each hybrid against each run of one mixer, on text and on the hardest recall: better, worse, or not
-    told apart by this test."""
+    """Each hybrid against each run of one mixer, on text and on the hardest recall."""
     by_name = {run.name: run for run in runs}
     shown = headlines(runs)
     for row in rows:

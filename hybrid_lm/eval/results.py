@@ -22,8 +22,7 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
 
 
 def write_results(run_dir: str | Path, **sections: Any) -> Path:
-    """Puts sections into a run's results, beside the others there; the file is replaced as a whole or not at
-    all."""
+    """Puts sections into a run's results, beside the others; the file is replaced whole or not at all."""
     path = Path(run_dir) / FILE
     replace_text(path, json.dumps(finite({**read_results(run_dir), **sections}), indent=1) + "\n")
     return path

@@ -150,8 +150,7 @@ def held_out_texts(run: Run, max_bytes: int | None = None) -> list[str]:
 
 
 def model_facts(run: Run) -> dict[str, Any]:
-    """What the report says of a model: pattern, sizes, layers; operations at the length that it was trained
-    on."""
+    """What the report says of a model: pattern, sizes, layers; operations at its training length."""
     model, data = run.model, run.config.data
     context = data.seq_len if isinstance(data, TextData) else 2048
     rows = [row._asdict() for row in layer_table(model, context)]
@@ -159,8 +158,7 @@ def model_facts(run: Run) -> dict[str, Any]:
 
 
 def sample(run: Run, prompt: str, max_new_tokens: int) -> str:
-    """A continuation at temperature 0.8, always the same; the prompt stands at the beginning of a
-    document."""
+    """A continuation at temperature 0.8, always the same; the prompt begins a document."""
     tokenizer = run.tokenizer
     assert tokenizer is not None
     tokens = [tokenizer.eot_id, *tokenizer.encode(prompt).tolist()]
