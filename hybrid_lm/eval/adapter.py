@@ -55,7 +55,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For (text, context tokens, continuation tokens): log p of the continuation, is it the greedy one."""
+        """For (text, context tokens, continuation tokens): log p of the continuation, and is it greedy."""
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         # Requests of like length share a batch; the longest first, so that too little memory shows at once.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))

@@ -38,9 +38,9 @@ def windows(n_tokens: int, seq_len: int, stride: int) -> Iterator[Window]:
 
     The first scores min(seq_len, n) tokens; each one after it scores the next `stride` (the last: what is
     left) and reads the `seq_len` tokens before the last one that it scores. So every token has all tokens
-    before it in its document as context, or at least seq_len - stride + 1 of them (its own place not
-    counted). These are lm-eval's `get_rolling_token_windows` with max_seq_len = seq_len and context_len =
-    seq_len - stride + 1; its tasks use stride = seq_len.
+    before it in its document as context, the EOT included, or at least seq_len - stride + 1 of them. These
+    are lm-eval's `get_rolling_token_windows` with max_seq_len = seq_len and context_len = seq_len - stride +
+    1; its tasks use stride = seq_len.
     """
     done = 0
     while done < n_tokens:
