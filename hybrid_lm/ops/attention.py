@@ -122,8 +122,10 @@ def _attention_torch(
         k, v, s, window = k[:, s - window :], v[:, s - window :], window, None
     q, k, v = (m.transpose(1, 2) for m in (q, k, v))  # (b h t p)
     plain = window is None and softcap is None and alibi_slopes is None and q_docs is None
-    if plain and t in (1, s) and dropout_p == 0.0:
-        return _sdpa(q, k, v, scale, is_causal=t > 1).transpose(1, 2)
+    if plain and dropout_p == 0.0 and t == 1:
+        return _sdpa(q, k, v, scale).transpose(1, 2)
+    if plain and dropout_p == 0.0 and t == s:
+        return _sdpa(q, k, v, scale, is_causal=True).transpose(1, 2)
     blocks = []
     for start in range(0, t, BLOCK):
         stop = min(start + BLOCK, t)
@@ -190,7 +192,10 @@ def _sdpa(
     is_causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    shared = q.shape[1] != k.shape[1]
+    # A branch, not an expression: with dynamic shapes a comparison is no bool until it is branched on.
+    shared = False
+    if q.shape[1] != k.shape[1]:
+        shared = True
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=shared
     )

@@ -277,12 +277,13 @@ def test_float32_stays_near_float64(case: Case, generator: torch.Generator) -> N
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("dynamic", [False, True])
 @over([*FEW, scan(1), ssd(1), conv(1)])
-def test_compiled_equals_eager(case: Case, generator: torch.Generator) -> None:
+def test_compiled_equals_eager(case: Case, dynamic: bool, generator: torch.Generator) -> None:
     torch.compiler.reset()
     inputs = case.make(generator)
     # aot_eager traces forward and backward whole, as inductor does, without seconds of C++ compilation
-    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(case.op, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     expected = run(case.op, cast(inputs, torch.float64))
     actual = run(compiled, cast(inputs, torch.float64))
     assert max(error(a, e) for a, e in zip(actual, expected, strict=True)) <= EXACT
