@@ -1,4 +1,5 @@
-"""hybrid_lm: state-space and hybrid sequence models, from a layer pattern in YAML to a trained, measured, exported model."""
+"""hybrid_lm: state-space and hybrid sequence models, from a layer pattern in YAML to a trained, measured,
+exported model."""
 
 from importlib import import_module
 from typing import Any
@@ -15,7 +16,16 @@ _PUBLIC = {
     "to_hf": "hybrid_lm.hf.convert",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [  # noqa: RUF022 - in the order of the work
+    "__version__",
+    "load_config",
+    "build_model",
+    "HybridLM",
+    "generate",
+    "load_checkpoint",
+    "from_hf",
+    "to_hf",
+]
 
 
 def __getattr__(name: str) -> Any:

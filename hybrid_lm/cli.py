@@ -1,7 +1,7 @@
 """The command line: one thin verb for each thing that the package does.
 
-A mistake of the user is one clear message and exit code 2; `--debug` shows the traceback. torch is imported by the verbs
-that compute, not by `--help`.
+A mistake of the user is one clear message and exit code 2; `--debug` shows the traceback. torch is imported
+by the verbs that compute, not by `--help`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def prepare(a: Arguments) -> None:
             progress=moved,
         )
     for split in (store.split("train"), store.split("val")):
-        say(f"{split.name}: {split.n_documents:,} documents, {split.n_bytes:,} bytes, {split.n_tokens:,} tokens")
+        say(
+            f"{split.name}: {split.n_documents:,} documents, {split.n_bytes:,} bytes, "
+            f"{split.n_tokens:,} tokens"
+        )
     say(f"{a.out}: vocabulary of {store.vocab_size:,}, fingerprint {store.fingerprint[:16]}")
 
 
@@ -197,7 +200,9 @@ def export(a: Arguments) -> None:
     from hybrid_lm.train.checkpoint import load_run
 
     dtype = None if a.dtype is None else getattr(torch, a.dtype)
-    folder = export(load_run(a.run, step=a.step), a.out, dtype=dtype, overwrite=a.overwrite)
+    run = load_run(a.run, step=a.step)
+    length = getattr(run.config.data, "seq_len", None)
+    folder = export(run, a.out, dtype=dtype, overwrite=a.overwrite, max_length=length)
     say(f"{folder}: exported, loaded in a process of its own and compared; see hybrid_lm_export.json")
 
 
@@ -243,7 +248,9 @@ def option(*names: str, **how: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 CONFIG = option("config", help="a YAML file, or the name of a shipped one: recall/mqar_small")
-OVERRIDES = option("overrides", nargs="*", metavar="key=value", help="changes: train.steps=100 model.pattern='m f'")
+OVERRIDES = option(
+    "overrides", nargs="*", metavar="key=value", help="changes: train.steps=100 model.pattern='m f'"
+)
 RUN = option("run", help="the folder of a run")
 STEP = option("--step", type=int, help="the checkpoint of this step instead of the newest")
 OVERWRITE = option("--overwrite", action="store_true", help="replace what is there")
@@ -361,7 +368,9 @@ VERBS = {
         "hybrid-lm compare runs/demo-transformer runs/demo-samba",
         [
             option("runs", nargs="+", help="their folders"),
-            option("--baseline", help="the folder's name that the others are compared with; by default the first"),
+            option(
+                "--baseline", help="the folder's name that the others are compared with; by default the first"
+            ),
             option("--out", help="a .md, .csv or .json file"),
         ],
     ),
@@ -427,7 +436,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> Arguments:
     """Arguments in any order: `key=value` may follow options, which argparse alone does not allow."""
     arguments, rest = parser().parse_known_args(argv)
-    stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    stray = [
+        word
+        for word in rest
+        if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")
+    ]
     if stray:
         parser().error(f"unrecognized arguments: {' '.join(stray)} (see hybrid-lm {arguments.verb} --help)")
     if rest:

@@ -1,8 +1,8 @@
 """The main job from end to end, on real text: corpus, training, recall, lm-eval, export, report.
 
-Three siblings of equal size, a Transformer, a Mamba-2 and a Samba-style hybrid, are the configurations `demo/*`; tiny ones
-of the same patterns (`demo/recall/*`) learn to recall. Each part is a verb of the command line too. Running it again does
-only what is missing.
+Three siblings of equal size, a Transformer, a Mamba-2 and a Samba-style hybrid, are the configurations
+`demo/*`; tiny ones of the same patterns (`demo/recall/*`) learn to recall. Each part is a verb of the command
+line too. Running it again does only what is missing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from hybrid_lm.config.load import dump_yaml, load_config
-from hybrid_lm.data import TokenStore, is_store, prepare
 from hybrid_lm.config.schema import TokenizerConfig
+from hybrid_lm.data import TokenStore, is_store, prepare
 from hybrid_lm.eval.report import report
 from hybrid_lm.eval.results import read_results, read_rows
 from hybrid_lm.eval.run import evaluate_run, evaluate_tasks, run_probe
@@ -47,7 +47,7 @@ for name in ("hybrid_lm", "pydantic", "einops"):
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging, set_seed
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 set_seed(0)
 inputs = tokenizer(tokenizer.eos_token + prompt, return_tensors="pt", split_special_tokens=False)
@@ -95,7 +95,11 @@ def demo(out: Path, *, fast: bool = False, console: Console | None = None) -> Pa
     for name in SIBLINGS:
         if "harness" not in read_results(out / "lm" / name):
             evaluate_tasks(out / "lm" / name, [TASK], limit=8 if fast else None)
-    steps.next(f"export of {HYBRID}, and text from it in a process that has transformers and the exported files only")
+        scores = read_results(out / "lm" / name)["harness"]["results"][TASK]
+        console.print(f"{name}: accuracy {scores['acc,none']:.3f}   (chance 0.250)", markup=False)
+    steps.next(
+        f"export of {HYBRID}, and text from it in a process that has the exported files and transformers"
+    )
     text = exported(out / "lm" / HYBRID, out / "export")
     console.print(text, markup=False, highlight=False)
     steps.next("report")
@@ -122,7 +126,9 @@ def language_model(name: str, folder: Path, changes: list[str], fast: bool, cons
     if not done or "text" not in read_results(folder):
         found = evaluate_run(folder, max_bytes=2_000 if fast else EVAL_BYTES, prompt=PROMPT)
         rows = [(name, found["text"]["bits_per_byte"]), *found["text"]["baselines"].items()]
-        console.print("held out, bits per byte   " + "   ".join(f"{k} {v:.3f}" for k, v in rows), markup=False)
+        console.print(
+            "held out, bits per byte   " + "   ".join(f"{k} {v:.3f}" for k, v in rows), markup=False
+        )
 
 
 def settings_of(config: Any) -> str:
@@ -152,10 +158,17 @@ def recall(name: str, folder: Path, changes: tuple[str, ...] | list[str], consol
 
 def exported(run: Path, folder: Path) -> str:
     """Exports a run and returns what a process without hybrid_lm generates from the export."""
-    export(load_run(run), folder, overwrite=folder.exists())
+    trained = load_run(run)
+    export(
+        trained, folder, overwrite=folder.exists(), max_length=getattr(trained.config.data, "seq_len", None)
+    )
     child = subprocess.run(
         [sys.executable, "-I", "-c", GENERATE, str(folder.resolve()), PROMPT],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str((folder.parent / ".modules").resolve())},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str((folder.parent / ".modules").resolve()),
+        },
         capture_output=True,
         text=True,
     )

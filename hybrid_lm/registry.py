@@ -1,8 +1,8 @@
 """Lazy tables `name -> "module:attribute"`, with an error that names the nearest known name.
 
-A table imports nothing until an entry is asked for, so one missing optional dependency breaks one entry and listing
-the names is free. `table("layer")` finds a table by its place, which lets the configuration edge ask a layer for its
-`Options` without importing upwards.
+A table imports nothing until an entry is asked for, so one missing optional dependency breaks one entry and
+listing the names is free. `table("layer")` finds a table by its place, which lets the configuration edge ask
+a layer for its `Options` without importing upwards.
 """
 
 from __future__ import annotations

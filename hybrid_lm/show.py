@@ -31,19 +31,40 @@ def architecture(config: RunConfig, context: int, console: Console) -> None:
     model = build_model(config, weights=False, backend=config.train.backend)
     m, all_of_it = config.model, totals(model, context)
     items = expand(m.pattern, list(m.layers), m.depth)
-    console.print(f"pattern  {canon(items)}   ({len(items)} layers, width {m.d_model}, vocabulary {m.vocab_size:,})", markup=False)
+    console.print(
+        f"pattern  {canon(items)}   ({len(items)} layers, width {m.d_model}, vocabulary {m.vocab_size:,})",
+        markup=False,
+    )
     console.print(f"hash     {architecture_hash(m)[:16]}", markup=False)
     header = ["", "name", "type", "parameters", "memory, fixed", "memory per token", "operations per token"]
     rows = layer_table(model, context)
     lines = [
-        [str(r.index), r.name, r.type, f"{r.parameters:,}", *map(size_of, r[4:6]), f"{r.flops_per_token:,.0f}"]
+        [
+            str(r.index),
+            r.name,
+            r.type,
+            f"{r.parameters:,}",
+            *map(size_of, r[4:6]),
+            f"{r.flops_per_token:,.0f}",
+        ]
         for r in rows
     ]
     rest = all_of_it.parameters - sum(r.parameters for r in rows)
     head = all_of_it.flops_per_token - sum(r.flops_per_token for r in rows)
     lines.append(["", "", "embedding, norm, head", f"{rest:,}", "0", "0", f"{head:,.0f}"])
-    lines.append(["", "", "all", f"{all_of_it.parameters:,}", *map(size_of, all_of_it[2:4]), f"{all_of_it.flops_per_token:,.0f}"])
-    print_table(console, f"Layers (operations of a forward pass at {context:,} tokens in view)", header, lines)
+    lines.append(
+        [
+            "",
+            "",
+            "all",
+            f"{all_of_it.parameters:,}",
+            *map(size_of, all_of_it[2:4]),
+            f"{all_of_it.flops_per_token:,.0f}",
+        ]
+    )
+    print_table(
+        console, f"Layers (operations of a forward pass at {context:,} tokens in view)", header, lines
+    )
     header = ["class", "tensors", "parameters", "start", "decays", "stays float32", "rate"]
     lines = [
         [r.kind, str(r.tensors), f"{r.parameters:,}", r.start, yes(r.decay), yes(r.float32), f"x {r.lr:g}"]

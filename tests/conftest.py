@@ -40,4 +40,6 @@ def hybrid_config():
         },
         "z": {"type": "inject", "block": "sa sf", "into": "m"},
     }
-    return ModelConfig.model_validate({"d_model": 32, "vocab_size": 61, "pattern": "m f a+n f w c z n z z", "layers": layers})
+    return ModelConfig.model_validate(
+        {"d_model": 32, "vocab_size": 61, "pattern": "m f a+n f w c z n z z", "layers": layers}
+    )

@@ -91,7 +91,9 @@ def test_a_broken_layer_is_found_out(how, broken, monkeypatch):
     """The laws can fail: each finds the layer that breaks it, and none blames one that is sound."""
     LAYERS.add("broken", f"{__name__}:Broken")
     monkeypatch.setattr(Broken, "how", how)
-    monkeypatch.setattr("hybrid_lm.registry.locate", lambda place, real=locate: Broken if ":Broken" in place else real(place))
+    monkeypatch.setattr(
+        "hybrid_lm.registry.locate", lambda place, real=locate: Broken if ":Broken" in place else real(place)
+    )
     try:
         config = ModelConfig.model_validate(
             {"d_model": 8, "vocab_size": 20, "pattern": "L", "layers": {"L": {"type": "broken"}}}

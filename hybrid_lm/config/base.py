@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Config(BaseModel):
-    """Strict, frozen, and deaf to no typo: an unknown key is an error, `true` is not 1, and nothing changes after loading.
+    """Strict, frozen, and deaf to no typo: an unknown key is an error, `true` is not 1, and nothing changes
+    after loading.
 
     Every field's docstring says its meaning and unit.
     """
@@ -19,10 +20,12 @@ class Config(BaseModel):
 
 
 class Part:
-    """Marks an option that names other recipes: `into: Annotated[str, Part()]` takes one layer of that recipe.
+    """Marks an option that names other recipes: `into: Annotated[str, Part()]` takes one layer of that
+    recipe.
 
-    The value is a pattern text over the keys of `model.layers`; the builder builds the items that it expands to and hands
-    them to the layer as a list of branches, so that a composite layer needs to know neither the builder nor other layers.
+    The value is a pattern text over the keys of `model.layers`; the builder builds the items that it expands
+    to and hands them to the layer as a list of branches, so that a composite layer needs to know neither the
+    builder nor other layers.
     """
 
 

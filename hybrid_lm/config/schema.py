@@ -1,6 +1,7 @@
 """What a run's YAML file may say: one section per concern, each field with its meaning and unit.
 
-The options of a layer are not here: they belong to the layer (`Layer.Options`) and `config.load` asks it for them.
+The options of a layer are not here: they belong to the layer (`Layer.Options`) and `config.load` asks it for
+them.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class ShareConfig(Config):
 
 
 class LoRAConfig(Config):
-    """A low-rank addition to the weights of a shared layer, one per occurrence. Hu et al. 2021, arXiv:2106.09685."""
+    """A low-rank addition to the weights of a shared layer, one per occurrence. Hu et al. 2021,
+    arXiv:2106.09685."""
 
     rank: Positive
     """Rank of the addition."""
@@ -95,7 +97,7 @@ class Recipe(Config):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The layer's own options, as written."""
+        """The layer's own options: as written, or after `load_config` with every default."""
         return self.model_extra or {}
 
     @property
@@ -131,14 +133,15 @@ class HeadConfig(Config):
 
 
 class InitConfig(Config):
-    """Starting values of the parameter classes that layers leave to the model; the table is in `model.init`."""
+    """Starting values of the parameters that layers leave to the model; the table is in `model.init`."""
 
     matrix: Literal["fan_in", "normal"] = "fan_in"
     """fan_in: uniform in +-1/sqrt(inputs), std 0.58/sqrt(inputs); normal: `std`."""
     std: Annotated[float, Field(gt=0.0)] = 0.02
     """Standard deviation of embeddings, and of matrices with `matrix: normal`."""
     scale_residual: bool = True
-    """Divide output matrices by sqrt(number of residual layers), so that depth does not grow the stream (GPT-2)."""
+    """Divide output matrices by sqrt(number of residual layers), so that depth does not grow the stream
+    (GPT-2)."""
 
 
 class ModelConfig(Config):
@@ -170,7 +173,8 @@ class TokenizerConfig(Config):
     """How text becomes tokens."""
 
     kind: Literal["bytes", "huggingface", "bpe"] = "bytes"
-    """bytes: one token per UTF-8 byte, no download; huggingface: a local folder or hub name; bpe: trained on the corpus."""
+    """bytes: one token per UTF-8 byte, no download; huggingface: a local folder or hub name; bpe: trained on
+    the corpus."""
     path: str | None = None
     """Folder or name of a Hugging Face tokenizer."""
     vocab_size: Positive | None = None
@@ -182,7 +186,8 @@ class TextData(Config):
 
     kind: Literal["text"] = "text"
     path: str = "stdlib"
-    """A prepared token store, a text, JSONL or Parquet file, a folder of texts, or `stdlib`: the Python library's own sources."""
+    """A prepared token store, a text, JSONL or Parquet file, a folder of texts, or `stdlib`: the Python
+    library's own sources."""
     seq_len: Annotated[int, Field(ge=2)] = 256
     """Tokens in a training window."""
     packing: Literal["isolate", "concat"] = "isolate"
@@ -199,11 +204,11 @@ class ProbeData(Config):
     """A key of the probe table: mqar."""
     preset: Literal["paper", "small", "ci"] = "small"
     """Which published or CPU-sized setting to start from."""
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the probe that differ from the preset's."""
-    train_params: dict[str, list[Any]] = {}
+    train_params: dict[str, list[Any]] = Field(default_factory=dict)
     """Parameters drawn uniformly per training batch: `{n_pairs: [1, 2, 4, 8, 16]}`."""
-    test_params: dict[str, list[Any]] = {}
+    test_params: dict[str, list[Any]] = Field(default_factory=dict)
     """Parameters tested one after another: `{n_pairs: [4, 8, 16]}`."""
     n_test: Positive = 256
     """Test examples per setting."""

@@ -1,4 +1,4 @@
-"""The layers. Adding one is a file here, a line in this table, and a test of its equation in `tests/layers/`."""
+"""The layers. Adding one is a file here, a line in this table, a test of its equation in `tests/layers/`."""
 
 from hybrid_lm.registry import Registry
 

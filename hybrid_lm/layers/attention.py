@@ -1,8 +1,9 @@
-"""Softmax attention: full, grouped or single keys, windows, positions, norms and caps, all as options of one layer."""
+"""Softmax attention: full, grouped or single keys, windows, positions, norms and caps, all as options of one
+layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,73 +17,66 @@ from hybrid_lm.layers.parts import Linear, RMSNorm
 from hybrid_lm.ops import alibi_slopes, apply_rope, attention, rope_table
 
 SLACK = 64
-"""Tokens that a windowed memory has room for beyond its window, so that it is moved once in 64 steps and not in each."""
+"""Tokens that a windowed memory has room for beyond its window, so that it is moved once in 64 steps and not
+in each."""
 
 
 @dataclass
 class KVState(State):
-    """Keys and values of the tokens that can still be seen: k, v (b s h p), and their documents (b s) if there are any.
+    """Keys, values (b s h p) and document numbers (b s) of the tokens that can still be seen.
 
     The tensors may be longer than `length`: the rest is room to grow.
     """
 
     k: Tensor
     v: Tensor
-    docs: Tensor | None
+    docs: Tensor
     length: int
     window: int
+    """0: all tokens can be seen."""
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         return {name: x[:, : self.length] for name, x in super().tensors(prefix).items()}
 
-    def map(self, fn, prefix: str = "") -> KVState:
-        def used(name: str, x: Tensor | None) -> Tensor | None:
-            return fn(name, None if x is None else x[:, : self.length])
+    def map(self, fn: Callable[[str, Tensor | None], Tensor | None], prefix: str = "") -> KVState:
+        return super().map(lambda name, x: fn(name, None if x is None else x[:, : self.length]), prefix)
 
-        return super().map(used, prefix)
-
-    def append(self, k: Tensor, v: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Remembers t more tokens and returns all that they may look at, oldest first."""
-        if self.docs is None and docs is not None:
-            # What came without documents was document 1 all along.
-            self.docs = torch.ones(self.k.shape[:2], dtype=docs.dtype, device=docs.device)
-        old, new = (self.k, self.v, self.docs), (k, v, docs)
-        t, keep = k.shape[1], self.window - 1 if self.window else self.length
-        if torch.is_grad_enabled() and (k.requires_grad or self.k.requires_grad):
-            # Writing in place would change what the graph of earlier tokens has saved.
-            seen = [None if x is None else torch.cat([a[:, : self.length], x], 1) for a, x in zip(old, new, strict=True)]
-            self.k, self.v, self.docs = (
-                x if x is None or not self.window else x[:, max(0, x.shape[1] - keep) :] for x in seen
-            )
-            self.length = self.k.shape[1]
-            return seen[0], seen[1], seen[2]
-        keep = min(keep, self.length)
-        if self.window and t > SLACK:
-            # A long stretch is looked at where it is; only what the next token can see is copied.
-            seen = [
-                None if x is None else torch.cat([a[:, self.length - keep : self.length], x], 1)
-                for a, x in zip(old, new, strict=True)
-            ]
-            rest = min(self.window - 1, keep + t)
-            self.k, self.v, self.docs = (None if x is None else _room(x[:, x.shape[1] - rest :], SLACK) for x in seen)
-            self.length = rest
-            return seen[0], seen[1], seen[2]
+    def append(self, k: Tensor, v: Tensor, docs: Tensor) -> tuple[Tensor, ...]:
+        """Remembers t more tokens; returns keys, values and documents of all that they may look at, oldest
+        first."""
+        new, t = (k, v, docs), k.shape[1]
+        keep = min(self.length, self.window - 1) if self.window else self.length
+        # In place would change what the graph of earlier tokens has saved; and what is long is not copied
+        # into room.
+        if (torch.is_grad_enabled() and (k.requires_grad or self.k.requires_grad)) or (
+            self.window and t > SLACK
+        ):
+            seen = [torch.cat([a, x], 1) for a, x in zip(self._last(keep), new, strict=True)]
+            self.length = min(self.window - 1, keep + t) if self.window else keep + t
+            room = SLACK if self.window and not in_graph else 0
+            self._hold([_room(x[:, keep + t - self.length :], room) for x in seen])
+            return tuple(seen)
         if self.length + t > self.k.shape[1]:
             room = SLACK if self.window else max(t, self.length)
-            self.k, self.v, self.docs = (
-                None if a is None else _room(a[:, self.length - keep : self.length], room) for a in old
-            )
+            self._hold([_room(a, room) for a in self._last(keep)])
             self.length = keep
-        end = self.length + t
-        for buffer, x in zip((self.k, self.v, self.docs), new, strict=True):
-            if buffer is not None:
-                buffer[:, self.length : end] = x
+        buffers, end = (self.k, self.v, self.docs), self.length + t
+        for buffer, x in zip(buffers, new, strict=True):
+            buffer[:, self.length : end] = x
         self.length = end
-        return self.k[:, :end], self.v[:, :end], None if self.docs is None else self.docs[:, :end]
+        return tuple(buffer[:, :end] for buffer in buffers)
+
+    def _last(self, n: int) -> tuple[Tensor, ...]:
+        return tuple(x[:, self.length - n : self.length] for x in (self.k, self.v, self.docs))
+
+    def _hold(self, tensors: Sequence[Tensor]) -> None:
+        self.k, self.v, self.docs = tensors
 
 
 def _room(x: Tensor, more: int) -> Tensor:
-    """A copy of x (b s ...) with room for `more` tokens behind it."""
+    """x (b s ...) with room for `more` tokens behind it."""
+    if not more:
+        return x
     grown = x.new_zeros(x.shape[0], x.shape[1] + more, *x.shape[2:])
     grown[:, : x.shape[1]] = x
     return grown
@@ -106,7 +100,8 @@ class RopeOptions(Config):
 class Attention(Layer):
     """softmax(q k^T scale + bias) v over the tokens of one document. Vaswani et al. 2017, arXiv:1706.03762.
 
-    Grouped keys: Ainslie et al. 2023, arXiv:2305.13245. Without `rope` and `alibi` it has no positions of its own (NoPE).
+    Grouped keys: Ainslie et al. 2023, arXiv:2305.13245. Without `rope` and `alibi` it has no positions of its
+    own (NoPE).
     """
 
     class Options(LayerOptions):
@@ -125,7 +120,7 @@ class Attention(Layer):
         alibi: bool = False
         """A penalty that grows with distance. Press et al. 2021, arXiv:2108.12409."""
         qk_norm: Literal["none", "head", "full"] = "none"
-        """RMS norm of queries and keys, before rope: per head (Qwen3) or over the whole projection (OLMo-2)."""
+        """RMS norm of queries and keys, before rope: per head (Qwen3) or over all heads (OLMo-2)."""
         qk_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
         qk_norm_unit_offset: bool = False
         """Scale by (1 + w) (Gemma-3)."""
@@ -142,18 +137,38 @@ class Attention(Layer):
             kv = self.n_kv_heads or self.n_heads
             if self.n_heads % kv:
                 yield "n_kv_heads", f"{kv} does not divide n_heads {self.n_heads}"
+            width = self.head_dim or d_in // self.n_heads
             if self.head_dim is None and d_in % self.n_heads:
-                yield "n_heads", f"{self.n_heads} does not divide the width {d_in}; choose a divisor or set head_dim"
-            elif self.rope and round(self.rope.fraction * (self.head_dim or d_in // self.n_heads)) % 2:
-                yield "rope", f"the rotated part of a head must be even, not {self.rope.fraction} of {self.head_dim or d_in // self.n_heads}"
+                yield (
+                    "n_heads",
+                    f"{self.n_heads} does not divide the width {d_in}; choose a divisor or set head_dim",
+                )
+            elif self.rope and round(self.rope.fraction * width) % 2:
+                yield (
+                    "rope",
+                    f"the rotated part of a head must be even, not {self.rope.fraction} of {width}",
+                )
             if self.rope and self.alibi:
                 yield "alibi", "choose rope or alibi, not both"
 
     EXAMPLES = (
         {"n_heads": 4, "n_kv_heads": 2, "rope": {}},
-        {"n_heads": 4, "n_kv_heads": 1, "window": 5, "rope": {"theta": 500.0, "fraction": 0.5}, "qk_norm": "head"},
+        {
+            "n_heads": 4,
+            "n_kv_heads": 1,
+            "window": 5,
+            "rope": {"theta": 500.0, "fraction": 0.5},
+            "qk_norm": "head",
+        },
         {"n_heads": 3, "head_dim": 12, "alibi": True, "qkv_bias": True, "out_bias": True},
-        {"n_heads": 2, "window": 70, "softcap": 4.0, "scale": 0.3, "qk_norm": "full", "rope": {"interleaved": True}},
+        {
+            "n_heads": 2,
+            "window": 70,
+            "softcap": 4.0,
+            "scale": 0.3,
+            "qk_norm": "full",
+            "rope": {"interleaved": True},
+        },
         {"n_heads": 4},
     )
 
@@ -167,7 +182,8 @@ class Attention(Layer):
         self.k_proj = Linear(d_in, kv, bias=bias)
         self.v_proj = Linear(d_in, kv, bias=bias)
         self.o_proj = Linear(q, self.d_out, bias=options.out_bias, kind="output")
-        self.q_norm = self.k_norm = None
+        self.q_norm: Any = None
+        self.k_norm: Any = None
         if options.qk_norm != "none":
             how = {"eps": options.qk_norm_eps, "unit_offset": options.qk_norm_unit_offset}
             whole = options.qk_norm == "full"
@@ -180,7 +196,8 @@ class Attention(Layer):
         if window:
             room = min(room, window - 1 + SLACK)
         empty = weight.new_zeros(batch, room, self.n_kv_heads, self.head_dim).detach()
-        return KVState(empty, empty.clone(), None, 0, window)
+        docs = torch.zeros(batch, room, dtype=torch.int32, device=weight.device)
+        return KVState(empty, empty.clone(), docs, 0, window)
 
     def forward(self, x: Tensor, state: KVState | None, ctx: Context) -> tuple[Tensor, KVState | None]:
         o = self.options
@@ -193,10 +210,13 @@ class Attention(Layer):
         if o.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if o.rope:
-            q, k = self.rotate(q, k, ctx.positions)
+            q, k = (rotate(v, ctx.positions, o.rope) for v in (q, k))
         docs = ctx.doc_ids
         if state is not None:
-            k, v, docs = state.append(k, v, ctx.doc_ids)
+            # Without documents, all tokens are of document 1.
+            mine = torch.ones(x.shape[:2], dtype=torch.int32, device=x.device) if docs is None else docs
+            k, v, seen = state.append(k, v, mine)
+            docs = None if docs is None else seen
         y = attention(
             q,
             k,
@@ -212,20 +232,19 @@ class Attention(Layer):
         )
         return self.o_proj(y.flatten(-2)), state
 
-    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotates the first part of each head of q and k (b t h p) by its token's position."""
-        rope = self.options.rope
-        cos, sin = rope_table(
-            positions,
-            round(rope.fraction * self.head_dim),
-            theta=rope.theta,
-            scaling=rope.scaling,
-            max_positions=rope.max_positions,
-        )
-        how = {"interleaved": rope.interleaved}
-        return apply_rope(q, cos, sin, **how), apply_rope(k, cos, sin, **how)
-
     def mixing_flops(self, context: int) -> float:
         # q k^T and weights v: two products of 2 head_dim operations per key and head.
         seen = min(context, self.options.window or context)
         return 4.0 * self.n_heads * self.head_dim * seen
+
+
+def rotate(x: Tensor, positions: Tensor, rope: RopeOptions) -> Tensor:
+    """Rotates the first part of each head of x (b t h p) by its token's position (b t)."""
+    cos, sin = rope_table(
+        positions,
+        round(rope.fraction * x.shape[-1]),
+        theta=rope.theta,
+        scaling=rope.scaling,
+        max_positions=rope.max_positions,
+    )
+    return apply_rope(x, cos, sin, interleaved=rope.interleaved)

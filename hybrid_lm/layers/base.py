@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hybrid_lm.config.base import Config
 
 KINDS = ("matrix", "output", "embedding", "norm", "conv", "dynamics", "bias")
-"""The parameter classes; what each means for start, decay, dtype and learning rate is one table in `model.init`."""
+"""The parameter classes; what each means for start, decay, dtype and learning rate is one table in
+`model.init`."""
 
 Init = Callable[[Tensor, torch.Generator], None]
 """Fills a parameter in place with its starting values, drawing from the generator."""
@@ -46,9 +47,16 @@ class Module(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.empty(tuple(shape), dtype=dtype)))
         self.specs[name] = Spec(kind, init)
 
+    if TYPE_CHECKING:
+        # nn.Module says "Tensor | Module" of every attribute, which is never what is meant.
+        def __getattr__(self, name: str) -> Any: ...
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `model.to(bfloat16)` must not round A_log, dt_bias and D: exp() of them is applied once per token for ever.
-        dynamics = {name: self._parameters[name] for name, spec in self.specs.items() if spec.kind == "dynamics"}
+        # `model.to(bfloat16)` must not round A_log, dt_bias and D: exp() of them is applied once per token
+        # for ever.
+        dynamics = {
+            name: self._parameters[name] for name, spec in self.specs.items() if spec.kind == "dynamics"
+        }
         kept = {name: parameter.detach() for name, parameter in dynamics.items() if parameter is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -67,7 +75,8 @@ class Context:
     doc_ids: Tensor | None = None
     """0 is padding, documents are 1, 2, ... in order; None: one document and no padding."""
     reset: Tensor | None = None
-    """True where a token opens a document: nothing before it, a given state included, reaches it. None with `doc_ids`."""
+    """True where a token opens a document: nothing before it, a given state included, reaches it. None with
+    `doc_ids`."""
     embeddings: Tensor | None = None
     """The embedded tokens, for layers that read them again (Zamba)."""
     backends: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +85,8 @@ class Context:
 
 @dataclass
 class State:
-    """A memory. Its tensors have the batch first; a subclass is a dataclass of tensors, numbers and other states.
+    """A memory. Its tensors have the batch first; a subclass is a dataclass of tensors, numbers and other
+    states.
 
     A state given to `forward` may be updated in place and must not be used afterwards: keep a `fork`.
     """
@@ -162,7 +172,9 @@ class State:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             numbers = {name: int(x) for name, x in (file.metadata() or {}).items()}
         if set(numbers) != set(self.numbers()):
-            raise ValueError(f"{path} holds the state of another architecture; load it into the model that wrote it")
+            raise ValueError(
+                f"{path} holds the state of another architecture; load it into the model that wrote it"
+            )
         loaded = self.map(lambda name, x: tensors.get(name))
         loaded._set_numbers(numbers, "")
         return loaded
@@ -182,8 +194,18 @@ class StateList(State):
     items: list[State | None]
 
 
+class LayerList(nn.ModuleList):
+    """A list of layers."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[Layer]: ...
+
+        def __getitem__(self, idx: int) -> Layer: ...  # type: ignore[override]
+
+
 Parts = Mapping[str, Sequence["Layer"]]
-"""What the options of type `PartPattern` were built into: lists of branches, each a layer with its own norms."""
+"""What options of type `PartPattern` were built into: lists of branches, layers with their own norms."""
 
 
 class LayerOptions(Config):
@@ -195,10 +217,11 @@ class LayerOptions(Config):
 
 
 class Layer(Module):
-    """A causal map `(x, state, ctx) -> (y, state)`: one `forward` for training, prefill of any length, and decoding.
+    """A causal map `(x, state, ctx) -> (y, state)`: one `forward` for training, prefill of any length, and
+    decoding.
 
-    A subclass has `Options`, `EXAMPLES` (settings at d_model 32 that together reach every option: the laws are applied to
-    each), a constructor, `forward`, and `empty_state` if it remembers anything.
+    A subclass has `Options`, `EXAMPLES` (settings at d_model 32 that together reach every option: the laws
+    are applied to each), a constructor, `forward`, and `empty_state` if it remembers anything.
     """
 
     class Options(LayerOptions):
@@ -208,8 +231,11 @@ class Layer(Module):
     reads_raw: ClassVar[bool] = False
     """True if the layer takes the residual stream as it is because its parts have norms of their own."""
 
-    def __init__(self, d_in: int, options: LayerOptions, *, d_out: int | None = None, parts: Parts | None = None):
-        """`d_in`, `d_out` (default: `d_in`): widths. `parts`: what options of type `PartPattern` were built into."""
+    def __init__(
+        self, d_in: int, options: LayerOptions, *, d_out: int | None = None, parts: Parts | None = None
+    ):
+        """`d_in`, `d_out` (default: `d_in`): widths. `parts`: what options of type `PartPattern` were built
+        into."""
         super().__init__()
         self.d_in, self.d_out = d_in, d_out or d_in
 
@@ -226,11 +252,10 @@ class Layer(Module):
 
     @classmethod
     def part_width(cls, key: str, index: int, d_in: int) -> int:
-        """Input width of item `index` of the part that option `key` names, in a layer of input width `d_in`."""
+        """Input width of item `index` of the part that `key` names, in a layer of input width `d_in`."""
         return d_in
 
     def mixing_flops(self, context: int) -> float:
-        """Operations per token of the forward pass beyond two per matrix element, at `context` tokens in view."""
+        """Operations per token of the forward pass beyond two per matrix element, at `context` tokens in
+        view."""
         return 0.0
-
-

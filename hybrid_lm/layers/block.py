@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hybrid_lm.config.schema import BlockConfig, PerCallConfig
-from hybrid_lm.layers.base import Context, Layer, LayerOptions, Module, State, StateList
+from hybrid_lm.layers.base import Context, Layer, LayerList, LayerOptions, Module, State, StateList
 from hybrid_lm.layers.parts import Linear, make_norm, zeros
 
 
@@ -55,7 +55,7 @@ class Parallel(Layer):
 
     def __init__(self, layers: Sequence[Layer]):
         super().__init__(layers[0].d_in, LayerOptions(), d_out=layers[0].d_out)
-        self.layers = nn.ModuleList(layers)
+        self.layers = LayerList(layers)
 
     def empty_state(self, batch: int, *, max_tokens: int | None = None) -> StateList:
         return StateList([layer.empty_state(batch, max_tokens=max_tokens) for layer in self.layers])
@@ -63,7 +63,9 @@ class Parallel(Layer):
     def forward(self, x: Tensor, state: StateList | None, ctx: Context) -> tuple[Tensor, StateList | None]:
         items = [None] * len(self.layers) if state is None else state.items
         done = [layer(x, item, ctx) for layer, item in zip(self.layers, items, strict=True)]
-        y = sum((part for part, _ in done[1:]), done[0][0])
+        y = done[0][0]
+        for part, _ in done[1:]:
+            y = y + part
         return y, None if state is None else StateList([item for _, item in done])
 
     def mixing_flops(self, context: int) -> float:
@@ -84,7 +86,8 @@ class LoRA(Module):
 
 
 class Shared(Layer):
-    """One occurrence of a layer whose weights several occurrences use (Zamba, arXiv:2405.16712; Zamba2, arXiv:2411.15242).
+    """One occurrence of a layer whose weights several occurrences use (Zamba, arXiv:2405.16712; Zamba2,
+    arXiv:2411.15242).
 
     The weights belong to the model; the occurrence owns its memory and the small parts of `per_call`.
     """
@@ -95,11 +98,18 @@ class Shared(Layer):
         self._core = (core,)
         lora = per_call.lora if per_call else None
         self.lora = nn.ModuleDict()
-        for name in lora.on if lora else ():
-            self.lora[name.replace(".", "_")] = LoRA(*matrix(core, name).weight.shape, rank=lora.rank)
         self.targets = tuple(lora.on) if lora else ()
+        if lora is not None:
+            for name in lora.on:
+                self.lora[name.replace(".", "_")] = LoRA(*matrix(core, name).weight.shape, rank=lora.rank)
         square = per_call is not None and per_call.out_proj
         self.out_proj = Linear(core.d_out, core.d_out, kind="output") if square else None
+
+    def adapter(self, name: str) -> LoRA:
+        """The addition to the matrix of that name."""
+        found = self.lora[name.replace(".", "_")]
+        assert isinstance(found, LoRA)
+        return found
 
     @property
     def core(self) -> Layer:
@@ -112,7 +122,7 @@ class Shared(Layer):
     def forward(self, x: Tensor, state: State | None, ctx: Context) -> tuple[Tensor, State | None]:
         if self.targets:
             own = {
-                f"{name}.weight": matrix(self.core, name).weight + self.lora[name.replace(".", "_")].delta()
+                f"{name}.weight": matrix(self.core, name).weight + self.adapter(name).delta()
                 for name in self.targets
             }
             y, state = functional_call(self.core, own, (x, state, ctx))
@@ -128,5 +138,7 @@ def matrix(layer: Layer, name: str) -> Linear:
     """The matrix called `name` in a layer; ValueError with the names there are."""
     found = {key: module for key, module in layer.named_modules() if isinstance(module, Linear)}
     if name not in found:
-        raise ValueError(f"per_call.lora.on: no matrix {name!r} in {type(layer).__name__}; there are {', '.join(found)}")
+        raise ValueError(
+            f"per_call.lora.on: no matrix {name!r} in {type(layer).__name__}; there are {', '.join(found)}"
+        )
     return found[name]

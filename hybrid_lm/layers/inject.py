@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid_lm.config.base import PartPattern
-from hybrid_lm.layers.base import Context, Layer, LayerOptions, Parts, StateList
+from hybrid_lm.layers.base import Context, Layer, LayerList, LayerOptions, Parts, StateList
 
 
 class Inject(Layer):
-    """into(x + block([x, embeddings])). Glorioso et al. 2024, arXiv:2405.16712, section 2; Zamba2, arXiv:2411.15242.
+    """into(x + block([x, embeddings])). Glorioso et al. 2024, arXiv:2405.16712, section 2; Zamba2,
+    arXiv:2411.15242.
 
-    `block` reads the stream beside the embeddings (width 2 d) and has no residual of its own; the stream that goes on is x.
+    `block` reads the stream beside the embeddings (width 2 d) and has no residual of its own; the stream that
+    goes on is x.
     """
 
     class Options(LayerOptions):
         """Settings of an injection."""
 
         block: PartPattern
-        """Recipes applied one after another to [x, embeddings], each with its own norms; usually shared: `"sa sf"`."""
+        """Recipes applied one after another to [x, embeddings], each with its own norms; usually shared: `"sa
+        sf"`."""
         into: PartPattern
         """The recipe that reads x plus the block's output."""
 
@@ -45,14 +48,16 @@ class Inject(Layer):
     def __init__(self, d_in: int, options: Options, *, d_out: int | None = None, parts: Parts | None = None):
         super().__init__(d_in, options, d_out=d_out)
         assert parts is not None
-        self.block, self.into = nn.ModuleList(parts["block"]), nn.ModuleList(parts["into"])
+        self.block, self.into = LayerList(parts["block"]), LayerList(parts["into"])
 
     @classmethod
     def part_width(cls, key: str, index: int, d_in: int) -> int:
         return 2 * d_in if key == "block" and index == 0 else d_in
 
     def empty_state(self, batch: int, *, max_tokens: int | None = None) -> StateList:
-        return StateList([part.empty_state(batch, max_tokens=max_tokens) for part in [*self.block, *self.into]])
+        return StateList(
+            [part.empty_state(batch, max_tokens=max_tokens) for part in [*self.block, *self.into]]
+        )
 
     def forward(self, x: Tensor, state: StateList | None, ctx: Context) -> tuple[Tensor, StateList | None]:
         assert ctx.embeddings is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +19,8 @@ from hybrid_lm.ops import causal_conv1d, selective_scan
 class Mamba(Layer):
     """A selective state-space layer. Gu & Dao 2023, arXiv:2312.00752, section 3.4 and algorithm 2.
 
-    [u z] = in(x); u = silu(conv(u)); [dt B C] = x_proj(u); y = scan(u, softplus(dt_proj(dt)), A, B, C) * silu(z); out(y).
+    [u z] = in(x); u = silu(conv(u)); [dt B C] = x_proj(u); y = scan(u, softplus(dt_proj(dt)), A, B, C) *
+    silu(z); out(y).
     """
 
     class Options(LayerOptions):
@@ -71,7 +72,7 @@ class Mamba(Layer):
         self.add("A_log", (d, o.d_state), "dynamics", s4d_real)
         self.add("D", (d,), "dynamics", ones)
         self.out_proj = Linear(d, self.d_out, bias=o.bias, kind="output")
-        self.dt_norm = self.B_norm = self.C_norm = None
+        self.dt_norm: Any = None
         if o.inner_norm != "none":
             how = {"eps": o.inner_norm_eps, "weight": o.inner_norm == "weighted"}
             self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(k, **how) for k in (rank, o.d_state, o.d_state))
@@ -116,5 +117,6 @@ class Mamba(Layer):
         return self.out_proj(y), None if state is None else SSMState(conv, ssm)
 
     def mixing_flops(self, context: int) -> float:
-        # Per channel and state: decay, two products and a sum of the update, two of the read-out, and the exponential.
+        # Per channel and state: decay, two products and a sum of the update, two of the read-out, and the
+        # exponential.
         return 2.0 * self.d_inner * self.d_conv + 7.0 * self.d_inner * self.d_state

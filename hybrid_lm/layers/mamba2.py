@@ -20,7 +20,8 @@ from hybrid_lm.ops import causal_conv1d, gated_rms_norm, ssd
 class Mamba2(Layer):
     """State-space duality. Dao & Gu 2024, arXiv:2405.21060, section 7 and figure 6.
 
-    [z x B C dt] = in(x); [x B C] = silu(conv([x B C])); y = ssd(x, softplus(dt + dt_bias), A, B, C) + D x; out(norm(y, z)).
+    [z x B C dt] = in(x); [x B C] = silu(conv([x B C])); y = ssd(x, softplus(dt + dt_bias), A, B, C) + D x;
+    out(norm(y, z)).
     """
 
     class Options(LayerOptions):
@@ -72,8 +73,23 @@ class Mamba2(Layer):
 
     EXAMPLES = (
         {"d_state": 8, "head_dim": 16, "chunk": 8},
-        {"d_state": 5, "head_dim": 8, "n_groups": 2, "d_conv": 3, "norm": "norm_gate", "conv_bias": False, "chunk": 16},
-        {"d_state": 4, "d_inner": 48, "head_dim": 12, "norm": "gate", "dt_limit": [0.002, 0.08], "bias": True},
+        {
+            "d_state": 5,
+            "head_dim": 8,
+            "n_groups": 2,
+            "d_conv": 3,
+            "norm": "norm_gate",
+            "conv_bias": False,
+            "chunk": 16,
+        },
+        {
+            "d_state": 4,
+            "d_inner": 48,
+            "head_dim": 12,
+            "norm": "gate",
+            "dt_limit": [0.002, 0.08],
+            "bias": True,
+        },
     )
 
     def __init__(self, d_in: int, options: Options, *, d_out: int | None = None, parts=None):

@@ -38,7 +38,11 @@ class MLP(Layer):
         bias: bool = False
         """Biases in all projections."""
 
-    EXAMPLES = ({"d_ff": 48}, {"act": "gelu_tanh", "gated": False, "bias": True}, {"act": "relu2", "d_ff": 40})
+    EXAMPLES = (
+        {"d_ff": 48},
+        {"act": "gelu_tanh", "gated": False, "bias": True},
+        {"act": "relu2", "d_ff": 40},
+    )
 
     def __init__(self, d_in: int, options: Options, *, d_out: int | None = None, parts=None):
         super().__init__(d_in, options, d_out=d_out)

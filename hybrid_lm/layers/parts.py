@@ -60,7 +60,9 @@ class RMSNorm(Module):
 class LayerNorm(Module):
     """Layer norm over the last axis, scale and shift optional. Ba et al. 2016, arXiv:1607.06450."""
 
-    def __init__(self, d: int, *, eps: float = 1e-5, weight: bool = True, bias: bool = False, unit_offset: bool = False):
+    def __init__(
+        self, d: int, *, eps: float = 1e-5, weight: bool = True, bias: bool = False, unit_offset: bool = False
+    ):
         super().__init__()
         self.d, self.eps, self.unit_offset = d, eps, unit_offset
         self.register_parameter("weight", None)
@@ -75,13 +77,17 @@ class LayerNorm(Module):
         weight = self.weight
         if weight is not None:
             weight = (1 + weight if self.unit_offset else weight).to(x.dtype)
-        return F.layer_norm(x, (self.d,), weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(
+            x, (self.d,), weight, None if self.bias is None else self.bias.to(x.dtype), self.eps
+        )
 
 
 def make_norm(d: int, block: BlockConfig) -> Module:
     """The norm that `block` describes, over width `d`."""
     if block.norm == "layernorm":
-        return LayerNorm(d, eps=block.eps, weight=block.weight, bias=block.bias, unit_offset=block.unit_offset)
+        return LayerNorm(
+            d, eps=block.eps, weight=block.weight, bias=block.bias, unit_offset=block.unit_offset
+        )
     return RMSNorm(d, eps=block.eps, weight=block.weight, unit_offset=block.unit_offset)
 
 

@@ -21,7 +21,8 @@ class ConvState(State):
 
 
 class ShortConv(Layer):
-    """out(C * conv(B * u)) with [B C u] = in(x) and no activation. LFM2 (Liquid AI 2025), `Lfm2ShortConv` of transformers."""
+    """out(C * conv(B * u)) with [B C u] = in(x) and no activation. LFM2 (Liquid AI 2025), `Lfm2ShortConv` of
+    transformers."""
 
     class Options(LayerOptions):
         """Settings of a short convolution."""

@@ -13,7 +13,7 @@ from hybrid_lm.layers.base import Init, State
 
 @dataclass
 class SSMState(State):
-    """The last inputs of the convolution (b w-1 d) and the recurrent state, (b d n) or (b h p n), in float32."""
+    """The last inputs of the convolution (b w-1 d); the recurrence (b d n) or (b h p n), in float32."""
 
     conv: Tensor
     ssm: Tensor
@@ -26,7 +26,8 @@ def conv_start(weight: Tensor, rng: torch.Generator) -> None:
 
 
 def dt_bias_start(dt_min: float, dt_max: float, dt_floor: float) -> Init:
-    """dt_bias such that softplus(dt_bias) is log-uniform in [dt_min, dt_max]. Gu & Dao 2023, arXiv:2312.00752, section 3.6."""
+    """dt_bias such that softplus(dt_bias) is log-uniform in [dt_min, dt_max]. Gu & Dao 2023,
+    arXiv:2312.00752, section 3.6."""
 
     def start(bias: Tensor, rng: torch.Generator) -> None:
         low, high = math.log(dt_min), math.log(dt_max)
@@ -38,7 +39,7 @@ def dt_bias_start(dt_min: float, dt_max: float, dt_floor: float) -> Init:
 
 
 def log_uniform_A(low: float, high: float) -> Init:
-    """A_log such that -A is uniform in [low, high]. Dao & Gu 2024, arXiv:2405.21060, the authors' `Mamba2`."""
+    """A_log with -A uniform in [low, high]. Dao & Gu 2024, arXiv:2405.21060, the authors' `Mamba2`."""
 
     def start(A_log: Tensor, rng: torch.Generator) -> None:
         A_log.uniform_(low, high, generator=rng).log_()

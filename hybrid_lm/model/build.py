@@ -1,4 +1,5 @@
-"""From a configuration to a model: recipes become layers, occurrences share what they share, weights get their start."""
+"""From a configuration to a model: recipes become layers, occurrences share what they share, weights get
+their start."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ class Builder:
         names = text.split("+")
         blocks = [self.config.layers[name].residual.apply(self.config.block) for name in names]
         if any(block != blocks[0] for block in blocks):
-            raise ValueError(f"model.layers: {text} runs on one norm, but {' and '.join(names)} have different `residual` settings")
+            raise ValueError(
+                f"model.layers: {text} runs on one norm, but {' and '.join(names)} have different "
+                "`residual` settings"
+            )
         layers = [self.occurrence(name, d_in) for name in names]
         return (layers[0] if len(layers) == 1 else Parallel(layers)), blocks[0]
 
@@ -45,7 +49,9 @@ class Builder:
         recipe = self.config.layers[name]
         if not recipe.copies:
             if recipe.per_call is not None:
-                raise ValueError(f"model.layers.{name}.per_call: only a recipe with `share` has calls; add share: true")
+                raise ValueError(
+                    f"model.layers.{name}.per_call: only a recipe with `share` has calls; add share: true"
+                )
             return self.layer(name, d_in)
         count = self.calls[name] = self.calls.get(name, -1) + 1
         copies = self.shared.setdefault(name, [])
@@ -53,7 +59,9 @@ class Builder:
             copies.append(self.layer(name, d_in))
         core = copies[count % recipe.copies]
         if core.d_in != d_in:
-            raise ValueError(f"model.layers.{name}: shared weights cannot serve inputs of width {core.d_in} and {d_in}")
+            raise ValueError(
+                f"model.layers.{name}: shared weights cannot serve inputs of width {core.d_in} and {d_in}"
+            )
         return Shared(core, recipe.per_call)
 
     def layer(self, name: str, d_in: int) -> Layer:
@@ -100,7 +108,9 @@ def build_model(
         raise ValueError("model.vocab_size is not set, and there is no tokenizer or probe to take it from")
     e = model_config.embedding
     if e.positions == "learned" and e.max_positions is None:
-        raise ValueError("model.embedding.max_positions is needed with learned positions: the longest sequence in tokens")
+        raise ValueError(
+            "model.embedding.max_positions is needed with learned positions: the longest sequence in tokens"
+        )
     kind = torch.device(device).type
     chosen = backends.select(backend, "cpu" if kind == "meta" else kind)
     with torch.device("meta"):
@@ -118,6 +128,9 @@ def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     """`config` with the vocabulary of its data, which must fit one that is already set."""
     given = config.model.vocab_size
     if given is not None and given < vocab_size:
-        raise ValueError(f"model.vocab_size = {given}, but the data has {vocab_size} different tokens; leave it out or raise it")
+        raise ValueError(
+            f"model.vocab_size = {given}, but the data has {vocab_size} different tokens; leave it "
+            "out or raise it"
+        )
     fields: dict[str, Any] = {"model": config.model.model_copy(update={"vocab_size": given or vocab_size})}
     return config.model_copy(update=fields)

@@ -33,8 +33,8 @@ def sample(
 ) -> Tensor:
     """One token per row of logits (b v), (b,) int64.
 
-    `temperature` 0: the most likely one. `top_k`: only the k most likely. `top_p`: only the fewest that together have this
-    probability (Holtzman et al. 2019, arXiv:1904.09751), at least one.
+    `temperature` 0: the most likely one. `top_k`: only the k most likely. `top_p`: only the fewest that
+    together have this probability (Holtzman et al. 2019, arXiv:1904.09751), at least one.
     """
     if temperature == 0.0:
         return logits.argmax(-1)
@@ -51,10 +51,14 @@ def sample(
     return torch.multinomial(logits.softmax(-1), 1, generator=rng).squeeze(-1)
 
 
-def pad_left(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
-    """Prompts as one batch: tokens (b t) with padding on the left, doc_ids (b t) or None if none is padded."""
+def pad_left(
+    prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one batch: tokens (b t), padded on the left, and doc_ids (b t), None if none is padded."""
     if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("a prompt needs at least one token; give the end-of-text token to start from nothing")
+        raise ValueError(
+            "a prompt needs at least one token; give the end-of-text token to start from nothing"
+        )
     t = max(len(prompt) for prompt in prompts)
     tokens = torch.zeros(len(prompts), t, dtype=torch.int64)
     docs = torch.zeros(len(prompts), t, dtype=torch.int32)
@@ -68,7 +72,7 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu
 def prefill(
     model: HybridLM, tokens: Tensor, *, state: ModelState, doc_ids: Tensor | None = None, piece: int = 2048
 ) -> Tensor:
-    """Reads tokens (b t) into the state, at most `piece` at a time; logits (b v) for the token that follows."""
+    """Reads tokens (b t) into the state, at most `piece` at a time; logits (b v) for the next token."""
     x = None
     for start in range(0, tokens.shape[1], piece):
         part = slice(start, start + piece)
@@ -89,7 +93,8 @@ def stream(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> Iterator[list[int]]:
-    """The next token of every prompt, step after step: lists of b tokens. What the caller ignores is not undone."""
+    """The next token of every prompt, step after step: lists of b tokens. What the caller ignores is not
+    undone."""
     check_sampling(model, max_new_tokens, temperature, top_k, top_p, max(map(len, prompts), default=0))
     device = model.embed.weight.device
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -124,7 +129,8 @@ def generate(
         stop_tokens: end a continuation; not part of it.
         stop_strings: end it where one of them appears in its text; needs `decode`.
         decode: tokens -> text.
-        on_token: called as tokens come, `(row, token, new text)`; the text, with `decode`, is held back while it could
+        on_token: called as tokens come, `(row, token, new text)`; the text, with `decode`, is held back while
+        it could
             still become a stop string or an unfinished character.
     """
     if stop_strings and decode is None:
@@ -167,7 +173,8 @@ def first_stop(text: str, stop_strings: Sequence[str]) -> int | None:
 
 
 def settled(text: str, stop_strings: Sequence[str]) -> int:
-    """How much of `text` no later token can change: not a begun stop string, not an unfinished character at its end."""
+    """How much of `text` no later token can change: not a begun stop string, not an unfinished character at
+    its end."""
     end = len(text.rstrip("\ufffd"))
     for stop in stop_strings:
         for length in range(min(len(stop) - 1, len(text)), 0, -1):
@@ -178,7 +185,12 @@ def settled(text: str, stop_strings: Sequence[str]) -> int:
 
 
 def check_sampling(
-    model: HybridLM, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, prompt: int
+    model: HybridLM,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    prompt: int,
 ) -> None:
     """ValueError for settings that cannot be, before anything is computed."""
     if max_new_tokens < 1:
@@ -192,6 +204,6 @@ def check_sampling(
     limit = model.config.embedding.max_positions if model.embed_positions is not None else None
     if limit is not None and prompt + max_new_tokens - 1 > limit:
         raise ValueError(
-            f"a prompt of {prompt} tokens and {max_new_tokens} new ones do not fit into the {limit} positions that the model "
-            f"has learned; ask for at most {max(0, limit - prompt + 1)} new tokens"
+            f"a prompt of {prompt} tokens and {max_new_tokens} new ones do not fit into the {limit} "
+            f"positions that the model has learned; ask for at most {max(0, limit - prompt + 1)} new tokens"
         )

@@ -1,4 +1,5 @@
-"""One table: what the class of a parameter means. It is applied after every construction path, and printed by `show`."""
+"""One table: what the class of a parameter means. It is applied after every construction path, and printed by
+`show`."""
 
 from __future__ import annotations
 
@@ -85,8 +86,8 @@ def own_seed(seed: int, name: str) -> int:
 def initialise(model: nn.Module, init: InitConfig, *, n_layers: int, seed: int = 0) -> None:
     """Gives every parameter its starting values, in place.
 
-    Each draws from a generator of its own, seeded by the run's seed and its name and run on the CPU in float32: the
-    values do not depend on the device, the dtype, or the order in which the model was built.
+    Each draws from a generator of its own, seeded by the run's seed and its name and run on the CPU in
+    float32: the values do not depend on the device, the dtype, or the order in which the model was built.
     """
     for name, parameter, spec in entries(model):
         rng = torch.Generator().manual_seed(own_seed(seed, name))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybrid_lm.config.schema import ModelConfig
-from hybrid_lm.layers.base import Context, Layer, Module, State
+from hybrid_lm.layers.base import Context, Layer, LayerList, Module, State
 from hybrid_lm.layers.parts import Embedding, make_norm
 from hybrid_lm.ops import TokenLoss, linear_cross_entropy
 
@@ -40,7 +40,8 @@ class ModelState(State):
 
 
 class HybridLM(Module):
-    """A stack of residual layers over one embedding. `build_model` makes one; the constructor leaves weights unset."""
+    """A stack of residual layers over one embedding. `build_model` makes one; the constructor leaves weights
+    unset."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class HybridLM(Module):
         self.embed = Embedding(config.vocab_size, d)
         self.embed_positions = Embedding(e.max_positions or 0, d) if e.positions == "learned" else None
         self.shared = nn.ModuleDict({name: nn.ModuleList(copies) for name, copies in shared.items()})
-        self.layers = nn.ModuleList(layers)
+        self.layers = LayerList(layers)
         self.final_norm = make_norm(d, config.block) if config.final_norm else None
         self.lm_head = None if e.tied else Embedding(config.vocab_size, d)
         if config.head.bias:
@@ -74,9 +75,9 @@ class HybridLM(Module):
     ) -> LMOutput:
         """Logits for the token after each of `tokens` (b t).
 
-        `state`: what came before (`empty_state`); updated in place and returned. `doc_ids` (b t) int: 0 is padding,
-        documents are 1, 2, ... in order, and a token sees its own only; None: the document goes on. `positions` (b t):
-        places in the document, by default counted.
+        `state`: what came before (`empty_state`); updated in place and returned. `doc_ids` (b t) int: 0 is
+        padding, documents are 1, 2, ... in order, and a token sees its own only; None: the document goes on.
+        `positions` (b t): places in the document, by default counted.
         """
         x, state = self.features(tokens, state=state, doc_ids=doc_ids, positions=positions)
         return LMOutput(self.logits(x), state)
@@ -121,7 +122,8 @@ class HybridLM(Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> TokenLoss:
-        """Loss in nats at each labelled place, (b t), zero where the label is -100; the logits are never all in memory."""
+        """Loss in nats at each labelled place, (b t), zero where the label is -100; the logits are never all
+        in memory."""
         x, _ = self.features(tokens, doc_ids=doc_ids)
         loss = linear_cross_entropy(
             x.flatten(0, 1),
@@ -190,25 +192,30 @@ class HybridLM(Module):
         # Positions are at most the tokens read, so that a look at the data is needed only beyond the limit.
         if limit is not None and seen > limit and int(positions.max()) >= limit:
             raise ValueError(
-                f"a document of {int(positions.max()) + 1} tokens, but the model has learned positions for {limit} "
-                f"(model.embedding.max_positions); use shorter documents, or positions that have no limit (rope, alibi)"
+                f"a document of {int(positions.max()) + 1} tokens, but the model has learned positions for "
+                f"{limit} (model.embedding.max_positions); use shorter documents, or positions that have no "
+                "limit (rope, alibi)"
             )
 
 
 def check_order(doc_ids: Tensor, reset: Tensor, opened: Tensor | None) -> None:
-    """ValueError if a document's number comes back after another: attention would see it again, a recurrence would not."""
+    """ValueError if a document's number comes back after another: attention would see it again, a recurrence
+    would not."""
     first = torch.zeros_like(doc_ids[:, :1]) if opened is None else opened[:, None]
     highest = torch.cummax(torch.cat([first, doc_ids[:, :-1]], 1), 1).values
     wrong = reset & (doc_ids > 0) & (doc_ids <= highest)
     if bool(wrong.any()):
         row, place = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"doc_ids[{row}, {place}] = {int(doc_ids[row, place])}: document numbers must go up along a row (0 is padding), "
-            f"and {int(highest[row, place])} was there before; pad on the left, and give a new document a new number"
+            f"doc_ids[{row}, {place}] = {int(doc_ids[row, place])}: document numbers must go up along a row "
+            f"(0 is padding), and {int(highest[row, place])} was there before; pad on the left, and give a "
+            "new document a new number"
         )
 
 
-def count_positions(b: int, t: int, reset: Tensor | None, start: Tensor | None, device: torch.device) -> Tensor:
+def count_positions(
+    b: int, t: int, reset: Tensor | None, start: Tensor | None, device: torch.device
+) -> Tensor:
     """(b t) int64: places from 0 in each document; the first goes on from `start` (b,)."""
     index = torch.arange(t, device=device).expand(b, t)
     if reset is None:
@@ -220,7 +227,10 @@ def count_positions(b: int, t: int, reset: Tensor | None, start: Tensor | None, 
 
 
 def sinusoids(positions: Tensor, d: int) -> Tensor:
-    """sin and cos of positions (b t) at wavelengths from 2 pi to 10000 * 2 pi, (b t d). Vaswani et al. 2017, section 3.5."""
-    rate = torch.exp(torch.arange(0, d, 2, device=positions.device) * (-torch.log(torch.tensor(10000.0)).item() / d))
+    """sin and cos of positions (b t) at wavelengths from 2 pi to 10000 * 2 pi, (b t d). Vaswani et al. 2017,
+    section 3.5."""
+    rate = torch.exp(
+        torch.arange(0, d, 2, device=positions.device) * (-torch.log(torch.tensor(10000.0)).item() / d)
+    )
     angle = positions[..., None] * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :d]

@@ -39,14 +39,16 @@ def count(module: nn.Module) -> int:
 
 
 def matrix_elements(layer: nn.Module) -> int:
-    """Elements of the matrices that a call of the layer multiplies by, shared ones included, at each occurrence."""
+    """Elements of the matrices that a call of the layer multiplies by, shared ones included, at each
+    occurrence."""
     shared = [part.core for part in layer.modules() if isinstance(part, Shared)]
     own = sum(e.parameter.numel() for e in entries(layer) if e.spec.kind in ("matrix", "output"))
     return own + sum(matrix_elements(core) for core in shared)
 
 
 def state_bytes(layer: Layer, tokens: int) -> int:
-    """Bytes of the memory of a layer on the meta device for one sequence with room for `tokens`, measured on its tensors."""
+    """Bytes of the memory of a layer on the meta device for one sequence with room for `tokens`, measured on
+    its tensors."""
     state = layer.empty_state(1, max_tokens=tokens)
     return 0 if state is None else state.nbytes
 
@@ -117,5 +119,7 @@ def class_table(model: HybridLM) -> list[ClassRow]:
     rows = []
     for kind, policy in POLICY.items():
         mine = [entry.parameter.numel() for entry in found if entry.spec.kind == kind]
-        rows.append(ClassRow(kind, len(mine), sum(mine), policy.start, policy.decay, policy.float32, policy.lr))
+        rows.append(
+            ClassRow(kind, len(mine), sum(mine), policy.start, policy.decay, policy.float32, policy.lr)
+        )
     return rows

@@ -10,7 +10,7 @@ from hybrid_lm.train.source import product
 
 
 def filled(config: RunConfig) -> RunConfig:
-    """`config` with `model.vocab_size` set. ValueError where only a tokenizer trained on the text would tell."""
+    """`config` with `model.vocab_size` set. ValueError if only a tokenizer trained on the text can tell."""
     if config.model.vocab_size is not None:
         return config
     data = config.data
@@ -26,4 +26,6 @@ def filled(config: RunConfig) -> RunConfig:
         return with_vocabulary(config, HFTokenizer(data.tokenizer.path).vocab_size)
     if data.tokenizer.vocab_size is not None:
         return with_vocabulary(config, data.tokenizer.vocab_size)
-    raise ValueError("model.vocab_size is not known before the tokenizer is trained; set data.tokenizer.vocab_size")
+    raise ValueError(
+        "model.vocab_size is not known before the tokenizer is trained; set data.tokenizer.vocab_size"
+    )

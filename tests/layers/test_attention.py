@@ -25,10 +25,14 @@ def rms(x, weight):
 
 
 def rotate(x, theta, r):
-    """The first r of each head's p numbers, as complex pairs (x_i, x_{i + r/2}) times e^{i position theta^{-2i/r}}."""
+    """The first r of each head's p numbers, as complex pairs (x_i, x_{i + r/2}) times e^{i position
+    theta^{-2i/r}}."""
     t = x.shape[1]
     angle = torch.arange(t)[:, None].double() * theta ** (-torch.arange(0, r, 2).double() / r)
-    pair = torch.complex(x[..., : r // 2], x[..., r // 2 : r]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    pair = (
+        torch.complex(x[..., : r // 2], x[..., r // 2 : r])
+        * torch.polar(torch.ones_like(angle), angle)[:, None]
+    )
     return torch.cat([pair.real, pair.imag, x[..., r:]], -1)
 
 
@@ -76,7 +80,9 @@ def test_attention_is_equation_1(options):
     if o.out_bias:
         expected = expected + layer.o_proj.bias
     # float64 sums of tens of terms; rope's tables are made in float32, whose eps times the position this is.
-    torch.testing.assert_close(y, expected, rtol=0, atol=(1e-5 if o.rope else 1e-12) * float(expected.abs().max()))
+    torch.testing.assert_close(
+        y, expected, rtol=0, atol=(1e-5 if o.rope else 1e-12) * float(expected.abs().max())
+    )
 
 
 def test_windowed_memory_stays_small():
@@ -85,13 +91,19 @@ def test_windowed_memory_stays_small():
     for pieces in ([1] * 200, [150, 1, 1, 48], [64, 65, 71]):
         state = layer.empty_state(2)
         for t in pieces:
-            layer(torch.randn(2, t, 24, dtype=torch.float64), state, Context(torch.zeros(2, t, dtype=torch.int64)))
+            layer(
+                torch.randn(2, t, 24, dtype=torch.float64),
+                state,
+                Context(torch.zeros(2, t, dtype=torch.int64)),
+            )
             assert state.k.shape[1] <= 7 + SLACK
     unlimited = build(n_heads=4)
     state = unlimited.empty_state(1, max_tokens=10)
     room = state.nbytes
     for _ in range(10):
-        unlimited(torch.randn(1, 1, 24, dtype=torch.float64), state, Context(torch.zeros(1, 1, dtype=torch.int64)))
+        unlimited(
+            torch.randn(1, 1, 24, dtype=torch.float64), state, Context(torch.zeros(1, 1, dtype=torch.int64))
+        )
     assert state.nbytes == room, "reserved room is used, not grown"
 
 

@@ -1,4 +1,5 @@
-"""Composition: norms, residuals, parallel branches, shared weights and Zamba's injection, each against its formula."""
+"""Composition: norms, residuals, parallel branches, shared weights and Zamba's injection, each against its
+formula."""
 
 from __future__ import annotations
 
@@ -50,7 +51,12 @@ def test_parallel_branches_add_up():
 def zamba(**per_call):
     layers = {
         "m": {"type": "mlp", "d_ff": 12},
-        "s": {"type": "mlp", "d_ff": 16, "share": {"copies": 2}, **({"per_call": per_call} if per_call else {})},
+        "s": {
+            "type": "mlp",
+            "d_ff": 16,
+            "share": {"copies": 2},
+            **({"per_call": per_call} if per_call else {}),
+        },
     }
     config = {"d_model": 8, "vocab_size": 11, "pattern": "s m s m s", "layers": layers}
     return build_model(ModelConfig.model_validate(config))
@@ -84,7 +90,11 @@ def test_per_call_parts_are_low_rank_additions_and_a_projection():
 @pytest.mark.parametrize(
     ("layers", "pattern", "message"),
     [
-        ({"s": {"type": "mlp", "per_call": {"out_proj": True}}}, "s", "per_call: only a recipe with `share` has calls"),
+        (
+            {"s": {"type": "mlp", "per_call": {"out_proj": True}}},
+            "s",
+            "per_call: only a recipe with `share` has calls",
+        ),
         (
             {"s": {"type": "mlp", "share": True, "per_call": {"lora": {"rank": 1, "on": ["q_proj"]}}}},
             "s",
@@ -99,11 +109,13 @@ def test_per_call_parts_are_low_rank_additions_and_a_projection():
 )
 def test_impossible_compositions_say_why(layers, pattern, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        build_model(ModelConfig.model_validate({"d_model": 8, "vocab_size": 11, "pattern": pattern, "layers": layers}))
+        build_model(
+            ModelConfig.model_validate({"d_model": 8, "vocab_size": 11, "pattern": pattern, "layers": layers})
+        )
 
 
 def test_injection_reaches_one_layer_only():
-    """Zamba2's equation: x + into(norm(x + block([x, embeddings]))): the block's output is not in the stream."""
+    """Zamba2: x + into(norm(x + block([x, embeddings]))); the block's output is not in the stream."""
     layers = {
         "b": {"type": "mlp", "d_ff": 6},
         "m": {"type": "mlp", "d_ff": 12},

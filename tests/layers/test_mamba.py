@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hybrid_lm.config.schema import InitConfig
 from hybrid_lm.layers.base import Context
 from hybrid_lm.layers.mamba import Mamba
 from hybrid_lm.model.init import initialise
-from hybrid_lm.config.schema import InitConfig
 
 
 def rms(x):

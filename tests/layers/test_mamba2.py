@@ -1,4 +1,5 @@
-"""Mamba2 equals the recurrence of Dao & Gu 2024, arXiv:2405.21060, section 7, and transformers' `Mamba2Mixer`."""
+"""Mamba2 equals the recurrence of Dao & Gu 2024, arXiv:2405.21060, section 7, and transformers'
+`Mamba2Mixer`."""
 
 from __future__ import annotations
 
@@ -45,7 +46,11 @@ def test_mamba2_is_the_published_recurrence(norm):
         return (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-5)).flatten(-2) * p["norm_weight"]
 
     gate = F.silu(z)
-    out = {"gate_norm": lambda: grouped(out * gate), "norm_gate": lambda: grouped(out) * gate, "gate": lambda: out * gate}[norm]()
+    out = {
+        "gate_norm": lambda: grouped(out * gate),
+        "norm_gate": lambda: grouped(out) * gate,
+        "gate": lambda: out * gate,
+    }[norm]()
     expected = out @ p["out_proj.weight"].T
     # Two orders of the same sums in float64: 2^-52 times a few thousand terms.
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
@@ -54,7 +59,14 @@ def test_mamba2_is_the_published_recurrence(norm):
 def test_mamba2_is_the_transformers_mixer():
     modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     config = modeling.Mamba2Config(
-        hidden_size=32, num_heads=8, head_dim=8, state_size=6, n_groups=2, conv_kernel=4, expand=2, chunk_size=8
+        hidden_size=32,
+        num_heads=8,
+        head_dim=8,
+        state_size=6,
+        n_groups=2,
+        conv_kernel=4,
+        expand=2,
+        chunk_size=8,
     )
     theirs = modeling.Mamba2Mixer(config, layer_idx=0).double().eval()
     ours = Mamba2(32, Mamba2.Options(d_state=6, head_dim=8, n_groups=2)).double()
@@ -65,10 +77,13 @@ def test_mamba2_is_the_transformers_mixer():
         weights[name] = value
     theirs.load_state_dict(weights)
     ours.requires_grad_(False)
-    ours.load_state_dict({keys.get(k, k): v.squeeze(1) if k == "conv1d.weight" else v for k, v in weights.items()})
+    ours.load_state_dict(
+        {keys.get(k, k): v.squeeze(1) if k == "conv1d.weight" else v for k, v in weights.items()}
+    )
     x = torch.randn(2, 19, 32, dtype=torch.float64)
     y, _ = ours(x, None, Context(torch.arange(19).expand(2, 19)))
     with torch.no_grad():
         expected = theirs(x)
-    # transformers computes parts in float32 whatever the model's type: its eps times sums of a few hundred terms.
+    # transformers computes parts in float32 whatever the model's type: its eps times sums of a few hundred
+    # terms.
     torch.testing.assert_close(y.float(), expected.float(), rtol=0, atol=2e-5)

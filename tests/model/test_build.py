@@ -57,7 +57,9 @@ def test_normal_start_and_unscaled_outputs(hybrid_config):
     for name, parameter, spec in entries(model):
         if spec.kind in ("matrix", "output", "embedding") and spec.init is None and parameter.numel() > 500:
             # The spread of n samples has a relative error of 1 / sqrt(2 n): four of them.
-            assert abs(float(parameter.detach().std()) / 0.05 - 1) < 4 / math.sqrt(2 * parameter.numel()), name
+            assert abs(float(parameter.detach().std()) / 0.05 - 1) < 4 / math.sqrt(2 * parameter.numel()), (
+                name
+            )
 
 
 def test_costs_are_counted_on_the_meta_device(hybrid_config):
@@ -67,8 +69,8 @@ def test_costs_are_counted_on_the_meta_device(hybrid_config):
     assert totals(model).parameters == sum(p.numel() for p in real.parameters())
     rows = layer_table(real)
     assert sum(row.parameters for row in rows) + 61 * 32 + 32 == totals(real).parameters
-    # One key and value head of width 8 each, float32, two heads: attention's memory grows by that per token.
-    assert rows[2].state_bytes_per_token == 2 * 2 * 8 * 4
+    # Two key and two value heads of width 8 in float32, and the number of the document.
+    assert rows[2].state_bytes_per_token == 2 * 2 * 8 * 4 + 4
     assert rows[1].state_bytes_fixed == rows[1].state_bytes_per_token == 0
 
 
@@ -86,7 +88,10 @@ def test_memory_after_n_tokens_is_what_the_table_says(hybrid_config):
     [
         ({"vocab_size": None}, "model.vocab_size is not set"),
         ({"embedding": {"positions": "learned"}}, "model.embedding.max_positions is needed"),
-        ({"layers": {"m": {"type": "attention", "n_heads": 3}}}, r"model.layers.m.n_heads: 3 does not divide"),
+        (
+            {"layers": {"m": {"type": "attention", "n_heads": 3}}},
+            r"model.layers.m.n_heads: 3 does not divide",
+        ),
         ({"layers": {"m": {"type": "mamba3"}}}, "unknown layer 'mamba3'.*Did you mean"),
     ],
 )

@@ -73,7 +73,9 @@ def test_stop_tokens_and_strings(model):
     assert made.tokens == free.tokens[: free.tokens.index(stop)]
     assert made.finish == "stop"
     word = free.text[5:7]
-    (made,) = generate(model, PROMPTS[:1], max_new_tokens=12, temperature=0, decode=letters, stop_strings=[word])
+    (made,) = generate(
+        model, PROMPTS[:1], max_new_tokens=12, temperature=0, decode=letters, stop_strings=[word]
+    )
     assert made.text == free.text[: free.text.index(word)]
     assert made.finish == "stop_string"
 

@@ -42,7 +42,9 @@ def test_token_loss_is_cross_entropy_of_the_logits(head, tied):
     labels = TOKENS.roll(-1, 1).masked_fill(TOKENS % 5 == 0, -100)
     loss = lm.token_loss(TOKENS, labels, label_smoothing=0.1, z_loss=1e-2)
     logits = lm(TOKENS).logits.flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none", label_smoothing=0.1)
+    expected = torch.nn.functional.cross_entropy(
+        logits, labels.flatten(), reduction="none", label_smoothing=0.1
+    )
     z = 1e-2 * logits.logsumexp(-1).square() * (labels.flatten() != -100)
     # float32 sums over a vocabulary of 29.
     torch.testing.assert_close(loss.objective.flatten(), expected + z, rtol=1e-5, atol=1e-5)
@@ -69,7 +71,9 @@ def test_embedding_options():
 
 def test_a_document_longer_than_learned_positions_says_so():
     lm = model(embedding={"positions": "learned", "max_positions": 8})
-    with pytest.raises(ValueError, match=r"a document of 12 tokens, but the model has learned positions for 8"):
+    with pytest.raises(
+        ValueError, match=r"a document of 12 tokens, but the model has learned positions for 8"
+    ):
         lm(TOKENS)
     docs = torch.tensor([[1] * 6 + [2] * 6] * 2)
     assert lm(TOKENS, doc_ids=docs).logits.isfinite().all(), "two documents of six fit"
