@@ -2,7 +2,15 @@
 exported model."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybrid_lm.config.load import load_config
+    from hybrid_lm.hf.convert import from_hf, to_hf
+    from hybrid_lm.model.build import build_model
+    from hybrid_lm.model.generate import generate
+    from hybrid_lm.model.lm import HybridLM
+    from hybrid_lm.train.checkpoint import load_checkpoint
 
 __version__ = "0.1.0"
 

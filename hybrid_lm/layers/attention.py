@@ -48,9 +48,8 @@ class KVState(State):
         keep = min(self.length, self.window - 1) if self.window else self.length
         # In place would change what the graph of earlier tokens has saved; and what is long is not copied
         # into room.
-        if (torch.is_grad_enabled() and (k.requires_grad or self.k.requires_grad)) or (
-            self.window and t > SLACK
-        ):
+        in_graph = torch.is_grad_enabled() and (k.requires_grad or self.k.requires_grad)
+        if in_graph or (self.window and t > SLACK):
             seen = [torch.cat([a, x], 1) for a, x in zip(self._last(keep), new, strict=True)]
             self.length = min(self.window - 1, keep + t) if self.window else keep + t
             room = SLACK if self.window and not in_graph else 0
