@@ -185,6 +185,8 @@ def show(a: Arguments) -> None:
 
     if a.config == "backends":
         show.backends(console())
+    elif a.config == "layers":
+        print(show.layers())
     elif a.yaml:
         from hybrid_lm.config.load import dump_yaml
 
@@ -344,7 +346,7 @@ VERBS = {
         "layers, parameters, memory, operations, backends; runs nothing",
         "hybrid-lm show demo/samba model.d_model=256",
         [
-            option("config", help="a YAML file, a shipped name, the folder of a run, or backends"),
+            option("config", help="a YAML file, a shipped name, the folder of a run, layers, or backends"),
             OVERRIDES,
             option("--context", type=int, default=2048, help="tokens in view, for the operations"),
             option("--yaml", action="store_true", help="the whole configuration, defaults included"),

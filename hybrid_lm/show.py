@@ -10,6 +10,7 @@ from hybrid_lm.config.load import architecture_hash, load_config
 from hybrid_lm.config.pattern import canon, expand
 from hybrid_lm.config.schema import RunConfig
 from hybrid_lm.eval.table import print_table, size
+from hybrid_lm.layers import LAYERS
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.stats import class_table, layer_table, totals
 from hybrid_lm.ops.backend import report
@@ -73,6 +74,17 @@ def architecture(config: RunConfig, context: int, console: Console) -> None:
     print_table(console, "Parameter classes", header, lines)
     chosen = ", ".join(f"{op}: {backend}" for op, backend in sorted(model.backends.items()))
     console.print(f"backends  {chosen}", markup=False)
+
+
+def layers() -> str:
+    """All layers as a Markdown table: name, what it is, settings. A test compares it with the README's."""
+    rows = ["| `type:` | what it is | settings |", "| --- | --- | --- |"]
+    for name in LAYERS:
+        layer = LAYERS[name]
+        what = " ".join((layer.__doc__ or "").strip().split("\n\n")[0].split())
+        settings = ", ".join(f"`{key}`" for key in layer.Options.model_fields)
+        rows.append(f"| `{name}` | {what} | {settings} |")
+    return "\n".join(rows)
 
 
 def backends(console: Console) -> None:

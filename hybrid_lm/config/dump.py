@@ -36,7 +36,8 @@ class _Dumper(pyyaml.SafeDumper):
 
     def text(self, data: str) -> pyyaml.Node:
         try:
-            plain = isinstance(yaml.scalar(data), str)
+            # What cannot be seen (a control character, another line break) is written as an escape.
+            plain = data.isprintable() and isinstance(yaml.scalar(data), str)
         except yaml.YamlError:
             plain = False
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else '"')

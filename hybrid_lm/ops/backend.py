@@ -134,14 +134,14 @@ def select(requested: str | Mapping[str, str] = "auto", device: str = "cpu") -> 
     """
     wanted = dict.fromkeys(_OPS, "auto")
     wanted |= dict.fromkeys(_OPS, requested) if isinstance(requested, str) else requested
-    problems = []
+    problems: dict[str, list[str]] = {}
     for op, backend in wanted.items():
         if op not in _OPS:
-            problems.append(unknown("op", op, _OPS))
-        elif backend != "auto" and (reason := _why_not(op, backend, device)) is not None:
-            problems.append(f"{op}: backend {backend!r} cannot run on {device}: {reason}")
+            raise ValueError(unknown("op", op, _OPS))
+        if backend != "auto" and (reason := _why_not(op, backend, device)) is not None:
+            problems.setdefault(f"backend {backend!r} cannot run on {device}: {reason}", []).append(op)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in problems.items()))
     return {op: default_backend(op, device) if b == "auto" else b for op, b in wanted.items()}
 
 

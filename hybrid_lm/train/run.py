@@ -22,6 +22,7 @@ from hybrid_lm.config.schema import RunConfig, TextData
 from hybrid_lm.data import is_store
 from hybrid_lm.model.build import build_model, with_vocabulary
 from hybrid_lm.model.lm import HybridLM
+from hybrid_lm.ops import backend as backends
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train.checkpoint import Checkpoint, CheckpointError
 from hybrid_lm.train.disk import check_space, disk, replace_text
@@ -177,6 +178,7 @@ def check_settings(config: RunConfig) -> torch.device:
             "train.wandb.mode: wandb is not installed; pip install 'hybrid_lm[wandb]', or mode: off"
         )
     device = pick_device(c.device)
+    backends.select(c.backend, device.type)
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
     if c.compile and device.type == "cpu" and not any(shutil.which(name) for name in compilers):
         raise ValueError(
