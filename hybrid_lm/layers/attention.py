@@ -209,7 +209,7 @@ class Attention(Layer):
         if o.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if o.rope:
-            q, k = (rotate(v, ctx.positions, o.rope) for v in (q, k))
+            q, k = rotate(q, k, o.rope, ctx)
         docs = ctx.doc_ids
         if state is not None:
             # Without documents, all tokens are of document 1.
@@ -237,13 +237,10 @@ class Attention(Layer):
         return 4.0 * self.n_heads * self.head_dim * seen
 
 
-def rotate(x: Tensor, positions: Tensor, rope: RopeOptions) -> Tensor:
-    """Rotates the first part of each head of x (b t h p) by its token's position (b t)."""
-    cos, sin = rope_table(
-        positions,
-        round(rope.fraction * x.shape[-1]),
-        theta=rope.theta,
-        scaling=rope.scaling,
-        max_positions=rope.max_positions,
-    )
-    return apply_rope(x, cos, sin, interleaved=rope.interleaved)
+def rotate(q: Tensor, k: Tensor, rope: RopeOptions, ctx: Context) -> tuple[Tensor, Tensor]:
+    """Rotates the first part of each head of q and k (b t h p) by its token's position."""
+    d = round(rope.fraction * q.shape[-1])
+    settings = {"theta": rope.theta, "scaling": rope.scaling, "max_positions": rope.max_positions}
+    cos, sin = ctx.once(f"rope {d} {settings}", lambda: rope_table(ctx.positions, d, **settings))
+    how = {"interleaved": rope.interleaved}
+    return apply_rope(q, cos, sin, **how), apply_rope(k, cos, sin, **how)

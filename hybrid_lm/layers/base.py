@@ -81,6 +81,14 @@ class Context:
     """The embedded tokens, for layers that read them again (Zamba)."""
     backends: Mapping[str, str] = field(default_factory=dict)
     """The backend of each op, chosen when the model was built."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """What a layer has worked out and others of the call can use again: see `once`."""
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """`make()`, or what it gave when a layer of this call asked for the same key before."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
 
 @dataclass
