@@ -26,6 +26,7 @@ from hybrid_lm.ops import backend as backends
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train.checkpoint import Checkpoint, CheckpointError
 from hybrid_lm.train.disk import check_space, disk, replace_text
+from hybrid_lm.train.dry_run import dry_run
 from hybrid_lm.train.source import Source, open_source
 
 FORMAT = 1
@@ -55,6 +56,7 @@ def start(config: RunConfig, run_dir: Path, *, overwrite: bool, console: Console
     """
     refuse_existing(run_dir, overwrite)
     device = check_settings(config)
+    dry_run(config)
     new = run_dir.with_name(f".new-{run_dir.name}")
     try:
         with disk(f"cannot make the run's folder {run_dir}"):
@@ -86,6 +88,7 @@ def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
     if not is_run(run_dir):
         raise CheckpointError(f"{run_dir}: no run to resume; without resume a new one begins there")
     device = check_settings(config)
+    dry_run(config)
     refuse_other_text(config, load_config(run_dir / "config.yaml"))
     setup = assemble(config, run_dir, open_source(config, run_dir, prepared=True), device)
     facts = read_manifest(run_dir)

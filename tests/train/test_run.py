@@ -9,12 +9,15 @@ from collections import namedtuple
 import pytest
 import torch
 
-from hybrid_lm.config.load import load_config
+from hybrid_lm.config.load import config_names, load_config
 from hybrid_lm.train import loop
 from hybrid_lm.train import run as runs
 from hybrid_lm.train.checkpoint import CheckpointError
 from hybrid_lm.train.disk import DiskError
+from hybrid_lm.train.dry_run import dry_run
 from hybrid_lm.train.loop import train
+
+BOGUS = "model.layers.f.per_call={lora: {rank: 2, 'on': [bogus]}}"
 
 
 def snapshot(folder):
@@ -90,6 +93,56 @@ def test_faults_are_found_before_anything_is_written_or_replaced(
     with pytest.raises(ValueError, match=message):
         train(config, done, overwrite=True, console=quiet)
     assert snapshot(done.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("pattern", "overrides", "message"),
+    [
+        ("m f", ["model.layers.f.share=true", BOGUS], "no matrix 'bogus' in MLP; there are gate_proj"),
+        ("a+m", ["model.layers.m.residual={norm: layernorm}"], "a and m have different `residual` settings"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_before_data_is_read(
+    done, make_config, quiet, monkeypatch, pattern, overrides, message
+):
+    config = make_config("data.tokenizer={kind: bpe, vocab_size: 300}", *overrides, pattern=pattern)
+    monkeypatch.setattr(runs, "open_source", lambda *args, **kwargs: pytest.fail("the data was read"))
+    before = snapshot(done.parent)
+    for out, how in ((done.parent / "two", {}), (done, {"overwrite": True}), (done, {"resume": True})):
+        with pytest.raises(ValueError, match=message):
+            train(config, out, **how, console=quiet)
+    assert snapshot(done.parent) == before
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, TypeError])
+def test_a_layer_that_fails_when_it_runs_is_named_before_data_is_read(make_config, tmp_path, quiet, kind):
+    from hybrid_lm.layers.mlp import MLP
+
+    def forward(self, x, state, ctx):
+        raise kind("shapes do not match")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MLP, "forward", forward)
+        with pytest.raises(ValueError, match=r"model\.pattern, layer 1 \(f\): shapes do not match"):
+            train(make_config("data.path=/no/such/text"), tmp_path / "run", console=quiet)
+
+
+def test_a_layer_that_looks_at_values_is_not_refused(make_config, tmp_path, quiet, monkeypatch):
+    from hybrid_lm.layers.mlp import MLP
+
+    forward = MLP.forward
+
+    def curious(self, x, state, ctx):
+        assert float(x.detach().abs().max()) >= 0
+        return forward(self, x, state, ctx)
+
+    monkeypatch.setattr(MLP, "forward", curious)
+    assert train(make_config("train.steps=1"), tmp_path / "run", console=quiet).step == 1
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_shipped_configuration_passes(name):
+    dry_run(load_config(name))
 
 
 def test_a_probe_longer_than_the_learned_positions(make_probe, tmp_path, quiet):
