@@ -166,7 +166,8 @@ def check(a: Arguments) -> None:
     from hybrid_lm.laws import LAWS, compiled_is_eager, subject
 
     config = load_config(a.config, a.overrides).model
-    judged = subject(config, whole=a.whole, tokens=a.tokens)
+    how = {} if a.tokens is None else {"tokens": a.tokens}
+    judged = subject(config, whole=a.whole, **how)
     say(f"{a.config}: {judged.config.pattern} at width {config.d_model}, {judged.tokens} tokens, float64")
     broken = 0
     for law in LAWS:
@@ -337,7 +338,7 @@ VERBS = {
             CONFIG,
             OVERRIDES,
             option("--whole", action="store_true", help="all layers, not each distinct one twice"),
-            option("--tokens", type=int, default=100, help="length of the sequences"),
+            option("--tokens", type=int, help="length of the sequences; by default beyond the windows"),
             option("--no-compile", action="store_true", help="leave torch.compile out (it is slow)"),
         ],
     ),

@@ -10,10 +10,10 @@ logit.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,16 @@ SLACK = 2**10
 """Roundings that may add up. Two orders of sums over a few thousand products, through ten layers, differ by
 less."""
 
+FEWEST = 8
+"""Tokens that every law can be told with."""
+
 BF16_SLACK = 2.0
 """Roundings of bfloat16 per residual layer, in root mean square, relative to the root mean square of the
 logits."""
+
+
+BOUNDS = ("window", "chunk", "max_positions", "original_max_position_embeddings")
+"""Settings, counted in tokens, on whose two sides a layer works differently."""
 
 
 class Verdict(NamedTuple):
@@ -63,6 +70,10 @@ class Subject:
     compiler: str = "inductor"
 
     def __post_init__(self) -> None:
+        if self.tokens < FEWEST:
+            raise ValueError(
+                f"tokens = {self.tokens}: the laws cut a sequence in many ways and need {FEWEST} or more"
+            )
         self.rng = torch.Generator().manual_seed(self.seed)
         limit = self.config.embedding.max_positions if self.config.embedding.positions == "learned" else None
         self.tokens = min(self.tokens, limit or self.tokens)
@@ -103,7 +114,23 @@ def subject(config: ModelConfig, *, whole: bool = False, **settings) -> Subject:
     if not whole:
         items = [item for i, item in enumerate(items) if items[:i].count(item) < 2]
     changed = {"pattern": canon(items), "depth": None, "vocab_size": min(config.vocab_size or 64, 64)}
+    settings.setdefault("tokens", enough(config))
     return Subject(config.model_copy(update=changed), **settings)
+
+
+def enough(config: ModelConfig) -> int:
+    """Tokens that go beyond every bound in the layers' settings (a window, a chunk, a trained length) of up
+    to 400."""
+
+    def bounds(value: Any) -> Iterator[int]:
+        if isinstance(value, Mapping):
+            for key, part in value.items():
+                if key in BOUNDS and isinstance(part, int):
+                    yield part
+                yield from bounds(part)
+
+    found = [n for recipe in config.layers.values() for n in bounds(recipe.options) if n <= 400]
+    return max([64, *found]) + 36
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -219,7 +246,7 @@ def packed_is_separate(s: Subject) -> Verdict:
 def padded_is_unpadded(s: Subject) -> Verdict:
     """Padding on the left changes nothing, in the prompt or in what is decoded after it."""
     t = s.tokens
-    rows = [s.draw(1, n)[0] for n in (t - 4, t // 2, 2)]
+    rows = [s.draw(1, n)[0] for n in (max(1, t - 4), t // 2, 2)]
     tokens, docs = pad_left([row.tolist() for row in rows])
     state, worst = s.model.empty_state(3), 0.0
     after = s.draw(3, 3)

@@ -1,99 +1,20 @@
-"""Softmax attention: full, grouped or single keys, windows, positions, norms and caps, all as options of one
-layer."""
+"""Softmax attention; grouped keys, windows, positions, norms and caps are options of one layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from hybrid_lm.config.base import Config, Positive
-from hybrid_lm.layers.base import Context, Layer, LayerOptions, State
+from hybrid_lm.config.base import Positive
+from hybrid_lm.layers.base import Context, Layer, LayerOptions
+from hybrid_lm.layers.memory import KVState, slack
 from hybrid_lm.layers.parts import Linear, RMSNorm
-from hybrid_lm.ops import alibi_slopes, apply_rope, attention, rope_table
-
-SLACK = 64
-"""Tokens that a windowed memory has room for beyond its window, so that it is moved once in 64 steps and not
-in each."""
-
-
-@dataclass
-class KVState(State):
-    """Keys, values (b s h p) and document numbers (b s) of the tokens that can still be seen.
-
-    The tensors may be longer than `length`: the rest is room to grow.
-    """
-
-    k: Tensor
-    v: Tensor
-    docs: Tensor
-    length: int
-    window: int
-    """0: all tokens can be seen."""
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        return {name: x[:, : self.length] for name, x in super().tensors(prefix).items()}
-
-    def map(self, fn: Callable[[str, Tensor | None], Tensor | None], prefix: str = "") -> KVState:
-        return super().map(lambda name, x: fn(name, None if x is None else x[:, : self.length]), prefix)
-
-    def append(self, k: Tensor, v: Tensor, docs: Tensor) -> tuple[Tensor, ...]:
-        """Remembers t more tokens; returns keys, values and documents of all that they may look at, oldest
-        first."""
-        new, t = (k, v, docs), k.shape[1]
-        keep = min(self.length, self.window - 1) if self.window else self.length
-        # In place would change what the graph of earlier tokens has saved; and what is long is not copied
-        # into room.
-        in_graph = torch.is_grad_enabled() and (k.requires_grad or self.k.requires_grad)
-        if in_graph or (self.window and t > SLACK):
-            seen = [torch.cat([a, x], 1) for a, x in zip(self._last(keep), new, strict=True)]
-            self.length = min(self.window - 1, keep + t) if self.window else keep + t
-            room = SLACK if self.window and not in_graph else 0
-            self._hold([_room(x[:, keep + t - self.length :], room) for x in seen])
-            return tuple(seen)
-        if self.length + t > self.k.shape[1]:
-            room = SLACK if self.window else max(t, self.length)
-            self._hold([_room(a, room) for a in self._last(keep)])
-            self.length = keep
-        buffers, end = (self.k, self.v, self.docs), self.length + t
-        for buffer, x in zip(buffers, new, strict=True):
-            buffer[:, self.length : end] = x
-        self.length = end
-        return tuple(buffer[:, :end] for buffer in buffers)
-
-    def _last(self, n: int) -> tuple[Tensor, ...]:
-        return tuple(x[:, self.length - n : self.length] for x in (self.k, self.v, self.docs))
-
-    def _hold(self, tensors: Sequence[Tensor]) -> None:
-        self.k, self.v, self.docs = tensors
-
-
-def _room(x: Tensor, more: int) -> Tensor:
-    """x (b s ...) with room for `more` tokens behind it."""
-    if not more:
-        return x
-    grown = x.new_zeros(x.shape[0], x.shape[1] + more, *x.shape[2:])
-    grown[:, : x.shape[1]] = x
-    return grown
-
-
-class RopeOptions(Config):
-    """Rotary positions. Su et al. 2021, arXiv:2104.09864."""
-
-    theta: Annotated[float, Field(gt=0.0)] = 10000.0
-    """Base of the wavelengths."""
-    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Part of each head that is rotated."""
-    interleaved: bool = False
-    """Rotate neighbouring pairs (GPT-J) instead of the two halves (NeoX)."""
-    scaling: dict[str, Any] | None = None
-    """Length scaling as in a Hugging Face config: `{rope_type: llama3, factor: 8.0, ...}`."""
-    max_positions: Positive | None = None
-    """Length trained on, for the scaling types that need it."""
+from hybrid_lm.layers.rotary import RopeOptions, rotate
+from hybrid_lm.ops import alibi_slopes, attention
 
 
 class Attention(Layer):
@@ -147,6 +68,10 @@ class Attention(Layer):
                     "rope",
                     f"the rotated part of a head must be even, not {self.rope.fraction} of {width}",
                 )
+            elif self.rope and self.rope.scaling:
+                rotated = round(self.rope.fraction * width)
+                for problem in self.rope.scaling.problems(rotated, self.rope.max_positions):
+                    yield "rope.scaling", problem
             if self.rope and self.alibi:
                 yield "alibi", "choose rope or alibi, not both"
 
@@ -169,6 +94,7 @@ class Attention(Layer):
             "rope": {"interleaved": True},
         },
         {"n_heads": 4},
+        {"n_heads": 4, "rope": {"scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_positions": 40}},
     )
 
     def __init__(self, d_in: int, options: Options, *, d_out: int | None = None, parts=None):
@@ -193,7 +119,7 @@ class Attention(Layer):
         weight, window = self.k_proj.weight, self.options.window or 0
         room = max_tokens or 0
         if window:
-            room = min(room, window - 1 + SLACK)
+            room = min(room, window - 1 + slack(window))
         empty = weight.new_zeros(batch, room, self.n_kv_heads, self.head_dim).detach()
         docs = torch.zeros(batch, room, dtype=torch.int32, device=weight.device)
         return KVState(empty, empty.clone(), docs, 0, window)
@@ -223,7 +149,7 @@ class Attention(Layer):
             scale=o.scale,
             window=o.window,
             softcap=o.softcap,
-            alibi_slopes=alibi_slopes(self.n_heads).to(q.device) if o.alibi else None,
+            alibi_slopes=self.slopes(ctx) if o.alibi else None,
             q_docs=ctx.doc_ids,
             k_docs=docs,
             dropout_p=o.dropout if self.training else 0.0,
@@ -231,16 +157,12 @@ class Attention(Layer):
         )
         return self.o_proj(y.flatten(-2)), state
 
+    def slopes(self, ctx: Context) -> Tensor:
+        """ALiBi's slopes (h), made once per call."""
+        device = self.q_proj.weight.device
+        return ctx.once(f"alibi {self.n_heads}", lambda: alibi_slopes(self.n_heads).to(device))
+
     def mixing_flops(self, context: int) -> float:
         # q k^T and weights v: two products of 2 head_dim operations per key and head.
         seen = min(context, self.options.window or context)
         return 4.0 * self.n_heads * self.head_dim * seen
-
-
-def rotate(q: Tensor, k: Tensor, rope: RopeOptions, ctx: Context) -> tuple[Tensor, Tensor]:
-    """Rotates the first part of each head of q and k (b t h p) by its token's position."""
-    d = round(rope.fraction * q.shape[-1])
-    settings = {"theta": rope.theta, "scaling": rope.scaling, "max_positions": rope.max_positions}
-    cos, sin = ctx.once(f"rope {d} {settings}", lambda: rope_table(ctx.positions, d, **settings))
-    how = {"interleaved": rope.interleaved}
-    return apply_rope(q, cos, sin, **how), apply_rope(k, cos, sin, **how)

@@ -75,8 +75,9 @@ class Context:
     doc_ids: Tensor | None = None
     """0 is padding, documents are 1, 2, ... in order; None: one document and no padding."""
     reset: Tensor | None = None
-    """True where a token opens a document: nothing before it, a given state included, reaches it. None with
-    `doc_ids`."""
+    """True where a token opens a document: nothing finite before it, a given state included, reaches it.
+    None:
+    no token does."""
     embeddings: Tensor | None = None
     """The embedded tokens, for layers that read them again (Zamba)."""
     backends: Mapping[str, str] = field(default_factory=dict)
@@ -179,11 +180,15 @@ class State:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             numbers = {name: int(x) for name, x in (file.metadata() or {}).items()}
-        if set(numbers) != set(self.numbers()):
+        ours, absent = self.tensors(), set[str]()
+        self.map(lambda name, x: absent.add(name) if x is None else x)
+        fits = set(numbers) == set(self.numbers()) and set(ours) <= set(tensors) <= set(ours) | absent
+        if not fits or not all(_alike(x, tensors[name]) for name, x in ours.items()):
             raise ValueError(
                 f"{path} holds the state of another architecture; load it into the model that wrote it"
             )
-        loaded = self.map(lambda name, x: tensors.get(name))
+        device = next(iter(ours.values())).device
+        loaded = self.map(lambda name, x: tensors[name].to(device) if name in tensors else None)
         loaded._set_numbers(numbers, "")
         return loaded
 
@@ -193,6 +198,17 @@ class State:
                 value._set_numbers(numbers, f"{prefix}{name}.")
             elif isinstance(value, int):
                 setattr(self, name, numbers[prefix + name])
+
+
+def _alike(empty: Tensor, stored: Tensor) -> bool:
+    """Whether a stored tensor can stand for an empty one: batch and, where ours is of no token, length are
+    free."""
+    free = 2 if empty.dim() > 1 and empty.shape[1] == 0 else 1
+    return (
+        empty.dtype == stored.dtype
+        and empty.shape[free:] == stored.shape[free:]
+        and empty.dim() == stored.dim()
+    )
 
 
 @dataclass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hybrid_lm.config.schema import BlockConfig, PerCallConfig
 from hybrid_lm.layers.base import Context, Layer, LayerList, LayerOptions, Module, State, StateList
@@ -18,10 +19,11 @@ class Branch(Layer):
 
     def __init__(self, layer: Layer, block: BlockConfig):
         super().__init__(layer.d_in, LayerOptions(), d_out=layer.d_out)
-        pre = block.placement in ("pre", "sandwich") and not layer.reads_raw
-        self.pre_norm = make_norm(layer.d_in, block) if pre else None
+        # A layer that takes the stream raw has norms around its parts.
+        placement = "none" if layer.reads_raw else block.placement
+        self.pre_norm = make_norm(layer.d_in, block) if placement in ("pre", "sandwich") else None
         self.layer = layer
-        self.post_norm = make_norm(layer.d_out, block) if block.placement in ("post", "sandwich") else None
+        self.post_norm = make_norm(layer.d_out, block) if placement in ("post", "sandwich") else None
 
     def empty_state(self, batch: int, *, max_tokens: int | None = None) -> State | None:
         return self.layer.empty_state(batch, max_tokens=max_tokens)
@@ -73,16 +75,38 @@ class Parallel(Layer):
 
 
 class LoRA(Module):
-    """A low-rank addition B A to a matrix (o i). Hu et al. 2021, arXiv:2106.09685; B starts at zero."""
+    """A matrix with a low-rank addition, x W^T + (x A^T) B^T. Hu et al. 2021, arXiv:2106.09685; B starts at
+    zero."""
 
     def __init__(self, d_out: int, d_in: int, rank: int):
         super().__init__()
         self.add("A", (rank, d_in), "matrix")
         self.add("B", (d_out, rank), "matrix", zeros)
 
-    def delta(self) -> Tensor:
-        """The matrix to add, (o i)."""
-        return self.B @ self.A
+    def forward(self, x: Tensor) -> Tensor:
+        """x (... d_in) -> what is added to W's output, (... d_out)."""
+        return F.linear(F.linear(x, self.A), self.B)
+
+
+class Adapted(nn.Module):
+    """A matrix that is somebody else's, and one's own addition to it."""
+
+    def __init__(self, linear: Linear, lora: LoRA):
+        super().__init__()
+        self.linear, self.lora = linear, lora
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.lora(x)
+
+
+def seen_with(module: nn.Module, name: str, replaced: nn.Module) -> nn.Module:
+    """The same module, parameters and all, but for one part inside it: a view, not a copy."""
+    view = copy.copy(module)
+    # The parameters stay in the one dictionary that both have, so that loading and moving reach the view.
+    view._modules = dict(module._modules)
+    first, _, rest = name.partition(".")
+    view._modules[first] = seen_with(module.get_submodule(first), rest, replaced) if rest else replaced
+    return view
 
 
 class Shared(Layer):
@@ -94,40 +118,34 @@ class Shared(Layer):
 
     def __init__(self, core: Layer, per_call: PerCallConfig | None):
         super().__init__(core.d_in, LayerOptions(), d_out=core.d_out)
-        # In a tuple, so that the weights are registered once, by their owner, and saved once.
-        self._core = (core,)
-        lora = per_call.lora if per_call else None
         self.lora = nn.ModuleDict()
-        self.targets = tuple(lora.on) if lora else ()
-        if lora is not None:
-            for name in lora.on:
-                self.lora[name.replace(".", "_")] = LoRA(*matrix(core, name).weight.shape, rank=lora.rank)
+        view: nn.Module = core
+        if per_call is not None and per_call.lora is not None:
+            for name in per_call.lora.on:
+                shared = matrix(core, name)
+                lora = LoRA(*shared.weight.shape, rank=per_call.lora.rank)
+                self.lora[name.replace(".", "_")] = lora
+                view = seen_with(view, name, Adapted(shared, lora))
+        # In a tuple, so that the weights are registered once, by their owner, and saved once.
+        self._core, self._view = (core,), (view,)
         square = per_call is not None and per_call.out_proj
         self.out_proj = Linear(core.d_out, core.d_out, kind="output") if square else None
-
-    def adapter(self, name: str) -> LoRA:
-        """The addition to the matrix of that name."""
-        found = self.lora[name.replace(".", "_")]
-        assert isinstance(found, LoRA)
-        return found
 
     @property
     def core(self) -> Layer:
         """The layer whose weights are used."""
         return self._core[0]
 
+    def train(self, mode: bool = True) -> Self:
+        # The view is no submodule, and has a mode of its own.
+        self._view[0].train(mode)
+        return super().train(mode)
+
     def empty_state(self, batch: int, *, max_tokens: int | None = None) -> State | None:
         return self.core.empty_state(batch, max_tokens=max_tokens)
 
     def forward(self, x: Tensor, state: State | None, ctx: Context) -> tuple[Tensor, State | None]:
-        if self.targets:
-            own = {
-                f"{name}.weight": matrix(self.core, name).weight + self.adapter(name).delta()
-                for name in self.targets
-            }
-            y, state = functional_call(self.core, own, (x, state, ctx))
-        else:
-            y, state = self.core(x, state, ctx)
+        y, state = self._view[0](x, state, ctx)
         return (y if self.out_proj is None else self.out_proj(y)), state
 
     def mixing_flops(self, context: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from hybrid_lm.config.base import Positive
 from hybrid_lm.layers.base import Context, Layer, LayerOptions
 from hybrid_lm.layers.parts import Linear, RMSNorm, ones
-from hybrid_lm.layers.ssm import SSMState, conv_start, dt_bias_start, s4d_real
+from hybrid_lm.layers.ssm import SSMState, check_dt, conv_start, dt_bias_start, s4d_real
 from hybrid_lm.ops import causal_conv1d, selective_scan
 
 
@@ -48,6 +49,9 @@ class Mamba(Layer):
         """Largest step size at the start."""
         dt_floor: Annotated[float, Field(gt=0.0)] = 1e-4
         """Step sizes at the start are not below this."""
+
+        def check(self, d_in: int) -> Iterable[tuple[str, str]]:
+            return check_dt(self.dt_min, self.dt_max)
 
     EXAMPLES = (
         {"d_state": 8},

@@ -13,7 +13,7 @@ from torch import Tensor
 from hybrid_lm.config.base import Positive
 from hybrid_lm.layers.base import Context, Layer, LayerOptions
 from hybrid_lm.layers.parts import Linear, ones
-from hybrid_lm.layers.ssm import SSMState, conv_start, dt_bias_start, log_uniform_A
+from hybrid_lm.layers.ssm import SSMState, check_dt, conv_start, dt_bias_start, log_uniform_A
 from hybrid_lm.ops import causal_conv1d, gated_rms_norm, ssd
 
 
@@ -68,6 +68,9 @@ class Mamba2(Layer):
                 yield "head_dim", f"{self.head_dim} does not divide the inner width {inner}"
             elif (inner // self.head_dim) % self.n_groups:
                 yield "n_groups", f"{self.n_groups} does not divide the {inner // self.head_dim} heads"
+            yield from check_dt(self.dt_min, self.dt_max)
+            if not 0.0 < self.A_range[0] <= self.A_range[1] < math.inf:
+                yield "A_range", f"needs 0 < low <= high, not {list(self.A_range)}"
             if not 0.0 <= self.dt_limit[0] <= self.dt_limit[1]:
                 yield "dt_limit", f"needs 0 <= low <= high, not {list(self.dt_limit)}"
 

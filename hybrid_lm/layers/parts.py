@@ -84,6 +84,8 @@ class LayerNorm(Module):
 
 def make_norm(d: int, block: BlockConfig) -> Module:
     """The norm that `block` describes, over width `d`."""
+    if block.bias and block.norm != "layernorm":
+        raise ValueError(f"model.block.bias: {block.norm} has no shift; set norm: layernorm, or bias: false")
     if block.norm == "layernorm":
         return LayerNorm(
             d, eps=block.eps, weight=block.weight, bias=block.bias, unit_offset=block.unit_offset

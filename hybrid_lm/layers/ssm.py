@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,12 @@ class SSMState(State):
 
     conv: Tensor
     ssm: Tensor
+
+
+def check_dt(dt_min: float, dt_max: float) -> Iterator[tuple[str, str]]:
+    """The problem of a range of step sizes that is none."""
+    if dt_min > dt_max:
+        yield "dt_min", f"{dt_min} is above dt_max {dt_max}"
 
 
 def conv_start(weight: Tensor, rng: torch.Generator) -> None:

@@ -42,6 +42,10 @@ class Builder:
                 "`residual` settings"
             )
         layers = [self.occurrence(name, d_in) for name in names]
+        if len(layers) > 1 and any(layer.reads_raw for layer in layers):
+            raise ValueError(
+                f"model.pattern: {text}: a layer that norms its own input cannot share the norm of a +"
+            )
         return (layers[0] if len(layers) == 1 else Parallel(layers)), blocks[0]
 
     def occurrence(self, name: str, d_in: int) -> Layer:
@@ -64,6 +68,17 @@ class Builder:
             )
         return Shared(core, recipe.per_call)
 
+    def branch(self, text: str, d_in: int) -> Branch:
+        """One item as a part of another layer: with its norms, without a residual of its own."""
+        for name in text.split("+"):
+            own = self.config.layers[name].residual
+            if own.residual_multiplier is not None or own.dropout is not None:
+                raise ValueError(
+                    f"model.layers.{name}.residual: a part of another layer has no residual of its own; "
+                    "take out residual_multiplier and dropout"
+                )
+        return Branch(*self.item(text, d_in))
+
     def layer(self, name: str, d_in: int) -> Layer:
         """A layer with weights of its own."""
         recipe = self.config.layers[name]
@@ -73,7 +88,7 @@ class Builder:
             raise ValueError(f"model.layers.{name}.{key}: {reason}")
         parts = {
             key: [
-                Branch(*self.item(text, kind.part_width(key, index, d_in)))
+                self.branch(text, kind.part_width(key, index, d_in))
                 for index, text in enumerate(expand(getattr(options, key), list(self.config.layers)))
             ]
             for key, field in kind.Options.model_fields.items()

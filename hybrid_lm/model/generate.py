@@ -40,8 +40,8 @@ def sample(
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, -1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        best = logits.topk(top_k, -1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
     if top_p is not None and top_p < 1.0:
         ordered, index = logits.sort(-1, descending=True)
         p = ordered.softmax(-1)
@@ -97,15 +97,20 @@ def stream(
     undone."""
     check_sampling(model, max_new_tokens, temperature, top_k, top_p, max(map(len, prompts), default=0))
     device = model.embed.weight.device
+    training = model.training
+    model.eval()
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     tokens, docs = pad_left(prompts, device)
     state = model.empty_state(len(prompts), max_tokens=tokens.shape[1] + max_new_tokens)
     logits = prefill(model, tokens, state=state, doc_ids=docs)
-    for step in range(max_new_tokens):
-        chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, rng=rng)
-        yield chosen.tolist()
-        if step + 1 < max_new_tokens:
-            logits = model(chosen[:, None], state=state).logits[:, -1]
+    try:
+        for step in range(max_new_tokens):
+            chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, rng=rng)
+            yield chosen.tolist()
+            if step + 1 < max_new_tokens:
+                logits = model(chosen[:, None], state=state).logits[:, -1]
+    finally:
+        model.train(training)
 
 
 def generate(
@@ -135,8 +140,9 @@ def generate(
     """
     if stop_strings and decode is None:
         raise ValueError("stop_strings need `decode`, a function from tokens to text")
-    model.eval()
-    done = [Generation() for _ in prompts]
+    if "" in stop_strings:
+        raise ValueError("stop_strings: an empty string would end every text before it begins")
+    done = [Generation(text=None if decode is None else "") for _ in prompts]
     open_rows = set(range(len(done)))
     printed = [0] * len(done)
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}

@@ -154,7 +154,7 @@ class HybridLM(Module):
         x = self.embed(tokens)
         if e.multiplier != 1.0:
             # Rounded to the model's type, as the checkpoints that have this factor were trained.
-            x = x * torch.tensor(e.multiplier, dtype=x.dtype, device=x.device)
+            x = x * torch.tensor(e.multiplier, dtype=x.dtype)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         elif e.positions == "sinusoidal":
@@ -166,10 +166,12 @@ class HybridLM(Module):
     ) -> Context:
         """What the layers of one call share: documents, resets and positions."""
         b, t = tokens.shape
-        if state is not None and doc_ids is None and state.doc is not None:
-            doc_ids = state.doc[:, None].expand(b, t)
         reset = None
-        if doc_ids is not None:
+        if doc_ids is None:
+            # The documents go on: nothing is reset, but their numbers still say which keys are theirs.
+            if state is not None and state.doc is not None:
+                doc_ids = state.doc[:, None].expand(b, t)
+        else:
             doc_ids = doc_ids.to(torch.int32)
             before = self._document_before(doc_ids, state)
             reset = doc_ids != torch.cat([before, doc_ids[:, :-1]], 1)

@@ -21,11 +21,6 @@ from hybrid_lm.registry import unknown
 
 # Best first; `auto` takes the first one that can run.
 BACKENDS = ("native", "mamba_ssm", "fla", "torch", "reference")
-_HOW_TO_GET = {
-    "native": "build the kernels with `hybrid-lm build-native`",
-    "mamba_ssm": "install the CUDA kernels with `pip install hybrid-lm[cuda]`",
-    "fla": "install the CUDA kernels with `pip install hybrid-lm[cuda]`",
-}
 
 
 @dataclass(frozen=True)
@@ -118,10 +113,7 @@ def _why_not(op: str, backend: str, device: str) -> str | None:
         return unknown("backend", backend, ("auto", *BACKENDS))
     if backend not in _OPS[op]:
         return f"this version has no {backend} kernel for it; it has: {', '.join(_OPS[op])}"
-    reason = _OPS[op][backend].why_not(device)
-    if reason is not None and backend in _HOW_TO_GET:
-        return f"{reason}; {_HOW_TO_GET[backend]}, or ask for 'torch'"
-    return reason
+    return _OPS[op][backend].why_not(device)
 
 
 def select(requested: str | Mapping[str, str] = "auto", device: str = "cpu") -> dict[str, str]:

@@ -36,7 +36,9 @@ def rope_table(
     max_positions  the model's configured length in tokens: needed by "dynamic", and where `factor` or
                    `original_max_position_embeddings` is left out
     Returns cos, sin, each (b t dim/2) float32, with yarn's and longrope's attention factor multiplied in.
-    "dynamic" and "longrope" depend on the largest position of the call, as in transformers.
+    "dynamic" and "longrope" go by the length up to each token, its own position + 1, as transformers does
+    when it decodes token by token; reading many tokens at once it takes the last one's length for all, and
+    then differs from its own decoding.
     Raises ValueError for an unknown rope_type, a missing setting or an odd dim.
     """
     if dim % 2:
@@ -45,7 +47,7 @@ def rope_table(
     kind = options.get("rope_type", "default")
     if kind not in SCALINGS:
         raise ValueError(f"rope: {unknown('rope_type', kind, SCALINGS)}")
-    length = positions.max() + 1 if kind in ("dynamic", "longrope") else None
+    length = positions[..., None] + 1 if kind in ("dynamic", "longrope") else None
     frequency, factor = _FREQUENCIES[kind](dim, theta, options, max_positions, length, positions.device)
     angle = positions.to(torch.float32)[..., None] * frequency
     cos, sin = angle.cos(), angle.sin()
@@ -71,7 +73,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-# Each rule gives the frequencies (dim/2), in radians per token, and the factor on cos and sin.
+# Each rule gives the frequencies, (dim/2) or (b t dim/2) in radians per token, and the factor on cos, sin.
 Frequencies = tuple[Tensor, float]
 
 

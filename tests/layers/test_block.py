@@ -114,6 +114,64 @@ def test_impossible_compositions_say_why(layers, pattern, message):
         )
 
 
+def test_adapters_see_what_is_loaded_moved_and_trained():
+    """The view with an occurrence's additions has the model's weights, whatever happens to them."""
+    model = zamba(lora={"rank": 2, "on": ["up_proj", "gate_proj"]})
+    tokens = torch.arange(11)[None]
+    other = zamba(lora={"rank": 2, "on": ["up_proj", "gate_proj"]})
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
+    double = __import__("copy").deepcopy(model).double()
+    # float32 rounding of sums of tens of terms.
+    torch.testing.assert_close(double(tokens).logits.float(), model(tokens).logits, rtol=1e-4, atol=1e-4)
+    view = model.train().layers[0].layer._view[0]
+    assert view.training
+    assert not model.eval().layers[0].layer._view[0].training
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_injection_norms_each_part_once(placement):
+    layers = {
+        "b": {"type": "mlp"},
+        "m": {"type": "mlp"},
+        "z": {"type": "inject", "block": "b", "into": "m"},
+    }
+    config = {
+        "d_model": 8,
+        "vocab_size": 11,
+        "pattern": "z",
+        "layers": layers,
+        "block": {"placement": placement},
+    }
+    model = build_model(ModelConfig.model_validate(config))
+    names = [name for name in model.state_dict() if "norm" in name and "final" not in name]
+    assert len(names) == 2 * (2 if placement == "sandwich" else 1), names
+    for change, message in (
+        ({"pattern": "z+m"}, "cannot share the norm"),
+        (
+            {"layers": {**layers, "m": {"type": "mlp", "residual": {"dropout": 0.1}}}},
+            "no residual of its own",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_model(ModelConfig.model_validate({**config, **change}))
+
+
+def test_a_shift_needs_a_layernorm():
+    config = {
+        "d_model": 8,
+        "vocab_size": 11,
+        "pattern": "f",
+        "layers": {"f": {"type": "mlp"}},
+        "block": {"bias": True},
+    }
+    with pytest.raises(ValueError, match="rmsnorm has no shift"):
+        build_model(ModelConfig.model_validate(config))
+
+
 def test_injection_reaches_one_layer_only():
     """Zamba2: x + into(norm(x + block([x, embeddings]))); the block's output is not in the stream."""
     layers = {

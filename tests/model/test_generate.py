@@ -58,6 +58,7 @@ def test_the_draw():
     squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
     torch.testing.assert_close(share(temperature=0.5), squared / squared.sum(), **near)
     assert share(temperature=0)[0] == 1
+    assert len(sample(torch.zeros(500, 10), top_k=2, rng=rng).unique()) == 2, "also among equals"
 
 
 def test_a_seed_repeats_the_draw(model):
@@ -72,6 +73,13 @@ def test_stop_tokens_and_strings(model):
     (made,) = generate(model, PROMPTS[:1], max_new_tokens=12, temperature=0, stop_tokens=[stop])
     assert made.tokens == free.tokens[: free.tokens.index(stop)]
     assert made.finish == "stop"
+    first = free.tokens[:1]
+    (made,) = generate(model, PROMPTS[:1], max_new_tokens=3, temperature=0, stop_tokens=first, decode=letters)
+    assert made.text == ""
+    assert not model.training
+    model.train()
+    generate(model, PROMPTS[:1], max_new_tokens=3)
+    assert model.training, "as it was"
     word = free.text[5:7]
     (made,) = generate(
         model, PROMPTS[:1], max_new_tokens=12, temperature=0, decode=letters, stop_strings=[word]
@@ -107,6 +115,7 @@ def test_the_stream_shows_nothing_that_is_taken_back(model):
         ({"top_k": 0}, "top_k = 0"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"stop_strings": ["x"]}, "stop_strings need `decode`"),
+        ({"stop_strings": [""], "decode": str}, "an empty string"),
     ],
 )
 def test_wrong_settings_are_named(model, how, message):

@@ -132,8 +132,14 @@ def test_a_state_of_another_model_is_refused(tmp_path, hybrid_config):
     state = lm.empty_state(1)
     lm(TOKENS[:1], state=state)
     state.save(tmp_path / "state.safetensors")
-    with pytest.raises(ValueError, match="the state of another architecture"):
-        build_model(hybrid_config).empty_state(1).load(tmp_path / "state.safetensors")
+    for other in (
+        build_model(hybrid_config),
+        model(pattern="m f m"),
+        model(layers={"m": {"type": "mamba2", "d_state": 8, "head_dim": 8}, "f": {"type": "mlp"}}),
+        model(layers={"m": {"type": "attention", "n_heads": 2}, "f": {"type": "mlp"}}),
+    ):
+        with pytest.raises(ValueError, match="the state of another architecture"):
+            other.empty_state(1).load(tmp_path / "state.safetensors")
 
 
 def test_gradients_flow_through_a_state(hybrid_config):

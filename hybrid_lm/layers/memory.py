@@ -1,0 +1,76 @@
+"""The memory of attention: keys and values, all of them or those of a window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid_lm.layers.base import State
+
+
+def slack(window: int) -> int:
+    """Tokens of room beyond a window: an eighth of it, so that it is moved once in that many steps."""
+    return -(-window // 8)
+
+
+@dataclass
+class KVState(State):
+    """Keys, values (b s h p) and document numbers (b s) of the tokens that can still be seen.
+
+    The tensors may be longer than `length`: the rest is room to grow.
+    """
+
+    k: Tensor
+    v: Tensor
+    docs: Tensor
+    length: int
+    window: int
+    """0: all tokens can be seen."""
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        return {name: x[:, : self.length] for name, x in super().tensors(prefix).items()}
+
+    def map(self, fn: Callable[[str, Tensor | None], Tensor | None], prefix: str = "") -> KVState:
+        return super().map(lambda name, x: fn(name, None if x is None else x[:, : self.length]), prefix)
+
+    def append(self, k: Tensor, v: Tensor, docs: Tensor) -> tuple[Tensor, ...]:
+        """Remembers t more tokens; returns keys, values and documents of all that they may look at, oldest
+        first."""
+        new, t = (k, v, docs), k.shape[1]
+        keep = min(self.length, self.window - 1) if self.window else self.length
+        # In place would change what the graph of earlier tokens has saved; and what is long is not copied
+        # into room.
+        in_graph = torch.is_grad_enabled()
+        if in_graph or (self.window and t > slack(self.window)):
+            seen = [torch.cat([a, x], 1) for a, x in zip(self._last(keep), new, strict=True)]
+            self.length = min(self.window - 1, keep + t) if self.window else keep + t
+            room = slack(self.window) if self.window and not in_graph else 0
+            self._hold([_room(x[:, keep + t - self.length :], room) for x in seen])
+            return tuple(seen)
+        if self.length + t > self.k.shape[1]:
+            room = slack(self.window) if self.window else max(t, self.length)
+            self._hold([_room(a, room) for a in self._last(keep)])
+            self.length = keep
+        buffers, end = (self.k, self.v, self.docs), self.length + t
+        for buffer, x in zip(buffers, new, strict=True):
+            buffer[:, self.length : end] = x
+        self.length = end
+        return tuple(buffer[:, :end] for buffer in buffers)
+
+    def _last(self, n: int) -> tuple[Tensor, ...]:
+        return tuple(x[:, self.length - n : self.length] for x in (self.k, self.v, self.docs))
+
+    def _hold(self, tensors: Sequence[Tensor]) -> None:
+        self.k, self.v, self.docs = tensors
+
+
+def _room(x: Tensor, more: int) -> Tensor:
+    """x (b s ...) with room for `more` tokens behind it."""
+    if not more:
+        return x
+    grown = x.new_zeros(x.shape[0], x.shape[1] + more, *x.shape[2:])
+    grown[:, : x.shape[1]] = x
+    return grown
