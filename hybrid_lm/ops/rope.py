@@ -93,8 +93,10 @@ def _dynamic(dim, theta, options, max_positions, length, device) -> Frequencies:
     # The base grows with the length, so that the lowest frequency just spans it (transformers' formula).
     factor, limit = _need(options, "factor"), _original(options, max_positions, "dynamic")
     longest = length.clamp(min=limit).to(torch.float32)
-    base = theta * ((factor * longest / limit) - (factor - 1)) ** (dim / (dim - 2))
-    return _plain(dim, base, device), 1.0
+    growth = torch.log((factor * longest / limit) - (factor - 1)) * (dim / (dim - 2))
+    # exp and log, not a power: a power's last bit depends on how many tokens are worked on at once.
+    share = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
+    return torch.exp(-(growth + math.log(theta)) * share), 1.0
 
 
 def _yarn(dim, theta, options, max_positions, length, device) -> Frequencies:
