@@ -6,16 +6,13 @@ encodes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +21,10 @@ import numpy as np
 
 from hybrid_lm.config.schema import TextData, TokenizerConfig
 from hybrid_lm.data.encode import encode_all, worker_count
-from hybrid_lm.data.store import FORMAT, SPLITS, StoreError, TokenStore, is_store, sha256_of
+from hybrid_lm.data.store import FORMAT, SPLITS, StoreError, TokenStore, is_store
 from hybrid_lm.data.text import documents
 from hybrid_lm.data.tokenizer import Tokenizer, make_tokenizer
+from hybrid_lm.files import DiskError, disk, new_folder, sha256_of
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of text that are done and those that there are."""
@@ -53,8 +51,8 @@ def prepare(
     overwrite: replace an existing token store. Anything else at `out` is never replaced.
 
     Raises ValueError for a bad corpus or one with less than two different documents, StoreError if `out` is
-    in use, OSError if the disk is full or read-only. Whatever happens, `out` is a whole store or what it was
-    before.
+    in use, DiskError if the disk is full or read-only. Whatever happens, `out` is a whole store or what it
+    was before.
     """
     out = Path(out)
     if not 0.0 < val_fraction < 1.0:
@@ -76,7 +74,7 @@ def prepare(
         "tokenizer_config": config and config.model_dump(),
     }
     workers = workers or (1 if tokenizer.kind == "bytes" else worker_count(corpus.n_bytes))
-    with _new_folder(out, overwrite) as folder:
+    with new_folder(out, _cannot(out)) as folder:
         _build(folder, path, corpus, tokenizer, origin, workers, progress or (lambda done, total: None))
     return TokenStore.open(out)
 
@@ -157,7 +155,7 @@ def _build(
 ) -> None:
     """Writes a whole store into `folder`."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    with _disk(folder):
+    with disk(_cannot(folder)):
         tokenizer.save(folder / "tokenizer")
     parts = {name: _Part(folder, name, dtype, tokenizer.eot_id) for name in SPLITS}
     digests, done = hashlib.sha256(), 0
@@ -195,10 +193,8 @@ def _build(
             for file in files
         },
     }
-    with _disk(folder):
+    with disk(_cannot(folder)):
         (folder / "store.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        for file in [*files, folder / "store.json"]:
-            _sync(file)
 
 
 class _Part:
@@ -209,18 +205,18 @@ class _Part:
         self.eot = np.array([eot_id], dtype=dtype)
         self.index: list[tuple[int, int]] = []
         self.n_tokens = 0
-        with _disk(folder):
+        with disk(_cannot(folder)):
             self.file = (folder / f"{name}.bin").open("wb")
 
     def append(self, ids: np.ndarray, n_bytes: int) -> None:
         self.index.append((self.n_tokens, n_bytes))
         self.n_tokens += 1 + len(ids)
-        with _disk(self.folder):
+        with disk(_cannot(self.folder)):
             self.file.write(self.eot.tobytes())
             self.file.write(ids.astype(self.eot.dtype).tobytes())
 
     def close(self) -> dict[str, int]:
-        with _disk(self.folder):
+        with disk(_cannot(self.folder)):
             self.file.write(self.eot.tobytes())
             self.file.close()
             index = np.array(self.index, dtype=np.int64)
@@ -241,9 +237,8 @@ def _check_free(path: str | Path, out: Path, overwrite: bool) -> None:
     if not above.is_dir():
         raise StoreError(f"{out}: {above} is a file; choose another place")
     if not os.access(above, os.W_OK):
-        raise OSError(
-            errno.EACCES,
-            f"cannot write a token store in {above}: read-only or not yours; choose another place",
+        raise DiskError(
+            f"cannot write a token store in {above}: read-only or not yours; choose another place"
         )
     source = Path(path).resolve()
     if source.is_dir() and source in out.resolve().parents:
@@ -252,50 +247,5 @@ def _check_free(path: str | Path, out: Path, overwrite: bool) -> None:
         )
 
 
-@contextmanager
-def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place if the block succeeds and vanishes if it fails."""
-    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    old = folder.with_name(folder.name + ".old")
-    try:
-        with _disk(folder):
-            folder.mkdir(parents=True)
-        yield folder
-        with _disk(folder):
-            if overwrite and is_store(out):
-                out.rename(old)
-            try:
-                folder.rename(out)
-            except OSError:
-                if old.exists():
-                    old.rename(out)
-                raise
-            # Some file systems cannot sync a folder; the rename is atomic all the same.
-            with suppress(OSError):
-                _sync(out.parent)
-    finally:
-        for leftover in (folder, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    """One sentence for a disk that is full, read-only or not ours. The class and errno stay, the text is
-    for people.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"cannot write a token store in {folder.parent}: {reason}; nothing was left there"
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _cannot(folder: Path) -> str:
+    return f"cannot write a token store in {folder.parent}"

@@ -105,7 +105,10 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarr
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64 bits in which every input bit reaches every output bit (SplitMix64, Steele 2014)."""
+    """A bijection of 64 bits in which every input bit reaches every output bit (SplitMix64, Steele 2014).
+
+    Probes have their own: neither package imports the other, and neither may change its numbers.
+    """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

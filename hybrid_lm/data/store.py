@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from hybrid_lm.data.tokenizer import Tokenizer, load_tokenizer
+from hybrid_lm.files import sha256_of
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -185,9 +186,3 @@ def _check_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
         raise StoreError(
             f"{path}: its SHA-256 is not the one on record: the file was changed; prepare the store again"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

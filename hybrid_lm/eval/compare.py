@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybrid_lm.eval.results import finite
+from hybrid_lm.files import finite
 
 RESAMPLES = 10_000
 TEXT = "held-out text"

@@ -14,7 +14,7 @@ from pathlib import Path
 from hybrid_lm.eval import compare, plots
 from hybrid_lm.eval.summary import Folders, Summary, read_runs, recall_axis, recall_points
 from hybrid_lm.eval.table import is_number, layers_table, number, results_table
-from hybrid_lm.train.disk import replace_text
+from hybrid_lm.files import replace_text
 
 CSS = """
 :root { color-scheme: light; }

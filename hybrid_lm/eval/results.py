@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrid_lm.train.disk import replace_text
+from hybrid_lm.files import finite, replace_text
 
 FILE = "results.json"
 
@@ -40,17 +39,6 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
     return [_object(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for NaN and infinities, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _object(where: str | Path, text: str) -> dict[str, Any]:

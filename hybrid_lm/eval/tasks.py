@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from hybrid_lm.eval.published import evals_dir
-from hybrid_lm.train.disk import replace_text
+from hybrid_lm.files import replace_text
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{4,}")
 CHOICES = 4

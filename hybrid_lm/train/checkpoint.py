@@ -11,7 +11,6 @@ There are no random-number states in it: every step seeds the generators from (s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -28,13 +27,14 @@ from torch import Tensor, nn
 from hybrid_lm.config.load import architecture_hash, load_config
 from hybrid_lm.config.schema import RunConfig
 from hybrid_lm.data import Tokenizer, load_tokenizer
+from hybrid_lm.files import DiskError, check_space, discard, disk, new_folder, sha256_of
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
-from hybrid_lm.train.disk import DiskError, check_space, discard, disk, sync
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+REMEDY = "make room, or lower train.keep"
 STEP = re.compile(r"step-([0-9]{8,12})")
 
 
@@ -74,27 +74,19 @@ def save(
 ) -> Path:
     """Commits one checkpoint, then deletes all but the newest `keep`.
 
-    It is written under a hidden name, synced, and renamed: under its own name it is whole or not there.
+    Under its own name it is whole or not there: see `new_folder`.
 
     Raises DiskError if it could not be written; what was there before is untouched.
     """
     folder = run_dir / "checkpoints"
-    final, temporary = folder / step_name(step), folder / f".new-{step_name(step)}"
+    final = folder / step_name(step)
+    cannot = f"cannot write the checkpoint {final}"
     size = sum(x.numel() * x.element_size() for part in (model, optimizer) for x in part.values())
-    with disk(f"cannot write the checkpoint {final}"):
+    with disk(cannot):
         folder.mkdir(parents=True, exist_ok=True)
-        check_space(folder, int(1.1 * size) + 1_000_000, "a checkpoint")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            _write(temporary, step, model, optimizer, state)
-            if final.exists():
-                discard(final)
-            temporary.rename(final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        sync(folder)
+    check_space(folder, int(1.1 * size) + 1_000_000, "a checkpoint", REMEDY)
+    with new_folder(final, cannot) as new, disk(cannot):
+        _write(new, step, model, optimizer, state)
     for old in step_folders(run_dir)[:-keep]:
         discard(old)
     return final
@@ -117,13 +109,10 @@ def _write(
     for name in FILES:
         # safetensors makes files that only their owner can read, whatever the umask says.
         shutil.copymode(folder / "state.json", folder / name)
-        sync(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
     (folder / "manifest.json").write_text(
         json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
     )
-    sync(folder / "manifest.json")
-    sync(folder)
 
 
 def verify(folder: Path) -> None:
@@ -210,12 +199,6 @@ def sweep(run_dir: Path, step: int) -> None:
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

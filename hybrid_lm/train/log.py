@@ -7,7 +7,6 @@ what happened). A place to log that fails is given up with one warning; the run 
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from rich.progress import (
 )
 
 from hybrid_lm.config.schema import RunConfig, WandbConfig
-from hybrid_lm.train.disk import replace_text
+from hybrid_lm.files import finite, replace_text
 
 Record = dict[str, Any]
 METRICS = "metrics.jsonl"
@@ -47,7 +46,7 @@ class Log:
 
     def record(self, kind: str, step: int, **metrics: Any) -> None:
         """One line of numbers; what is not finite becomes null."""
-        self._send({"kind": kind, "step": step, **{key: finite(value) for key, value in metrics.items()}})
+        self._send({"kind": kind, "step": step, **finite(metrics)})
 
     def event(self, step: int, text: str) -> None:
         """Something a person should know of: a failed save, a skipped step, the end."""
@@ -191,11 +190,6 @@ def summary(record: Record) -> str:
         if record.get(key) is not None
     ]
     return "  ".join(words) + (f"  skipped {record['skipped']}" if record.get("skipped") else "")
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run_dir: str | Path) -> list[Record]:

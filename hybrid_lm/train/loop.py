@@ -14,11 +14,11 @@ from rich.console import Console
 
 from hybrid_lm.config.schema import RunConfig, TrainConfig
 from hybrid_lm.data import IGNORE, Batch
+from hybrid_lm.files import DiskError
 from hybrid_lm.ops import TokenLoss
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train import optim
 from hybrid_lm.train import run as runs
-from hybrid_lm.train.disk import DiskError
 from hybrid_lm.train.evaluate import to_tensors, validate
 from hybrid_lm.train.log import Log, open_log, read_metrics
 from hybrid_lm.train.process import Signals, own_randomness, peak_memory, seed_step

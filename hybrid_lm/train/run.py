@@ -20,12 +20,12 @@ import hybrid_lm
 from hybrid_lm.config.load import architecture_hash, dump_yaml, load_config
 from hybrid_lm.config.schema import RunConfig, TextData
 from hybrid_lm.data import is_store
+from hybrid_lm.files import check_space, disk, new_folder, replace_text
 from hybrid_lm.model.build import build_model, with_vocabulary
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.ops import backend as backends
 from hybrid_lm.train import checkpoint as checkpoints
-from hybrid_lm.train.checkpoint import Checkpoint, CheckpointError
-from hybrid_lm.train.disk import check_space, disk, replace_text
+from hybrid_lm.train.checkpoint import REMEDY, Checkpoint, CheckpointError
 from hybrid_lm.train.dry_run import dry_run
 from hybrid_lm.train.source import Source, open_source
 
@@ -57,22 +57,16 @@ def start(config: RunConfig, run_dir: Path, *, overwrite: bool, console: Console
     refuse_existing(run_dir, overwrite)
     device = check_settings(config)
     dry_run(config)
-    new = run_dir.with_name(f".new-{run_dir.name}")
-    try:
-        with disk(f"cannot make the run's folder {run_dir}"):
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
+    cannot = f"cannot write the run's folder {run_dir}"
+    with new_folder(run_dir, cannot) as new:
         source = read_data(config, new, console)
         setup = assemble(config, run_dir, source, device)
-        check_space(new, space(setup), "the run")
-        with disk(f"cannot write the run's folder {run_dir}"):
-            replace_text(new / "config.yaml", dump_yaml(setup.config))
-            replace_text(new / "manifest.json", json.dumps(manifest(setup), indent=1) + "\n")
-            if source.tokenizer is not None:
+        check_space(new, space(setup), "the run", REMEDY)
+        replace_text(new / "config.yaml", dump_yaml(setup.config))
+        replace_text(new / "manifest.json", json.dumps(manifest(setup), indent=1) + "\n")
+        if source.tokenizer is not None:
+            with disk(cannot):
                 source.tokenizer.save(new / "tokenizer")
-            take_place(new, run_dir)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     tell(console, describe(setup))
     # The files have moved.
     setup.source = open_source(setup.config, run_dir, prepared=True)
@@ -99,7 +93,7 @@ def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
         checkpoints.check_architecture(setup.config, setup.checkpoint)
     step = setup.checkpoint.step if setup.checkpoint else 0
     checkpoints.sweep(run_dir, step)
-    check_space(run_dir, space(setup), "the run")
+    check_space(run_dir, space(setup), "the run", REMEDY)
     setup.run_id = facts["id"]
     history = [*facts["history"], {"resumed_at_step": step, **facts["machine"]}]
     replace_text(run_dir / "config.yaml", dump_yaml(setup.config))
@@ -303,18 +297,3 @@ def refuse_other_run(run_dir: Path, stored: Mapping[str, Any], ours: Mapping[str
                 f"{run_dir}: {key} has changed since this run began (was {was}, is {now}); resume with the "
                 "run's own config.yaml, or start a new run"
             )
-
-
-def take_place(new: Path, run_dir: Path) -> None:
-    """Renames `new` to `run_dir`; a run that is there is deleted afterwards, and comes back if that fails."""
-    old = run_dir.with_name(f".trash-{run_dir.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if run_dir.exists():
-        run_dir.rename(old)
-    try:
-        new.rename(run_dir)
-    except OSError:
-        if old.exists():
-            old.rename(run_dir)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import hybrid_lm
+from hybrid_lm.files import DiskError
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train.checkpoint import CheckpointError, load_checkpoint, load_run
-from hybrid_lm.train.disk import DiskError
 from hybrid_lm.train.loop import train
 
 KEEP = 2

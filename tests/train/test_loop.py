@@ -13,10 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from hybrid_lm.files import DiskError
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train import loop, optim
 from hybrid_lm.train import run as runs
-from hybrid_lm.train.disk import DiskError
 from hybrid_lm.train.log import read_metrics
 from hybrid_lm.train.loop import Diverged, train
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hybrid_lm.config.load import config_names, load_config
+from hybrid_lm.files import DiskError
 from hybrid_lm.train import loop
 from hybrid_lm.train import run as runs
 from hybrid_lm.train.checkpoint import CheckpointError
-from hybrid_lm.train.disk import DiskError
 from hybrid_lm.train.dry_run import dry_run
 from hybrid_lm.train.loop import train
 
@@ -166,7 +166,7 @@ def test_a_missing_wandb_is_told_first(make_config, tmp_path, quiet, monkeypatch
 
 
 def test_a_disk_without_room_or_permission_is_told_first(make_config, tmp_path, quiet, monkeypatch):
-    with pytest.raises(DiskError, match=r"cannot make the run's folder /dev/null/run: Not a directory"):
+    with pytest.raises(DiskError, match=r"cannot write the run's folder /dev/null/run: Not a directory"):
         train(make_config(), "/dev/null/run", console=quiet)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
