@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 import hybrid_lm
 from hybrid_lm.config.dump import architecture_hash
 from hybrid_lm.config.schema import ModelConfig
+from hybrid_lm.files import DiskError, disk, new_folder, replace_text
 from hybrid_lm.hf.bundle import CONFIGURATION, MODELING, bundle
 from hybrid_lm.hf.card import model_card
 from hybrid_lm.hf.verify import verify
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from hybrid_lm.data.tokenizer import Tokenizer
     from hybrid_lm.hf.wrapper import HybridLMForCausalLM
 
+RECORD = "hybrid_lm_export.json"
+"""What an export says of itself; a folder that has it may be replaced by another export."""
 SUPPORTED = ("hybrid_lm",)
 """The `model_type`s that `from_hf` reads."""
 
@@ -145,7 +147,7 @@ def export(
     Args:
         run_or_model: a model, or a run with `.model` and `.tokenizer`.
         tokenizer: saved too, so that text goes in and out; by default the run's.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace an export that is there. Any other folder that is not empty is never replaced.
         dtype: of the written weights, except the dynamics, which stay float32; by default the model's.
         max_length: see `to_hf`; the tokenizer gets it too.
         max_shard_size: largest file of weights.
@@ -165,15 +167,18 @@ def export(
         "AutoConfig": f"{CONFIGURATION}.HybridLMConfig",
         "AutoModelForCausalLM": f"{MODELING}.HybridLMForCausalLM",
     }
-    with new_folder(out) as folder:
-        with no_progress():
-            wrapped.save_pretrained(folder, max_shard_size=max_shard_size)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            # Without a limit, a number that transformers takes for "none".
-            tokenizer.to_hf(max_length or int(1e30)).save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(model, out.name, tokenizer), encoding="utf-8")
+    cannot = f"cannot write {out}"
+    with new_folder(out, cannot) as folder:
+        with no_progress(), disk(cannot):
+            write(wrapped, folder, max_shard_size)
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            if tokenizer is not None:
+                # Without a limit, a number that transformers takes for "none".
+                tokenizer.to_hf(max_length or int(1e30)).save_pretrained(folder)
+            (folder / "README.md").write_text(
+                model_card(model, out.resolve().name, tokenizer), encoding="utf-8"
+            )
         record = {
             "hybrid_lm": hybrid_lm.__version__,
             "architecture_sha256": architecture_hash(model.config),
@@ -182,8 +187,16 @@ def export(
             else str(wrapped.config.dtype),
             "check": verify(folder, model),
         }
-        (folder / "hybrid_lm_export.json").write_text(json.dumps(record, indent=1) + "\n")
+        replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
     return out
+
+
+def write(wrapped: HybridLMForCausalLM, folder: Path, max_shard_size: str) -> None:
+    """The weights and the configuration. DiskError for a disk that is full."""
+    try:
+        wrapped.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise DiskError(f"cannot write {folder}: {error}") from error
 
 
 def as_exported(model: HybridLM, dtype: torch.dtype | None) -> HybridLM:
@@ -216,26 +229,9 @@ def check_free(out: Path, overwrite: bool) -> None:
     """Raises ConversionError if `out` cannot become the export's folder."""
     if out.exists() and not out.is_dir():
         raise ConversionError(f"{out} is a file; choose a folder that does not exist yet")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ConversionError(f"{out} is not empty; choose another folder, or overwrite=True (--overwrite)")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place at the end, or disappears with an error."""
-    folder = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        yield folder
-        folder.chmod(0o755)
-        old = folder.with_name(f"{folder.name}-old")
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / RECORD).is_file():
+        raise ConversionError(f"{out} is not empty and no export; choose another folder")
+    if not overwrite:
+        raise ConversionError(f"{out}: an export is already there; choose another folder, or say overwrite")

@@ -9,13 +9,16 @@ import sys
 import pytest
 import torch
 from hf_models import HYBRID, PARALLEL, RECURRENT, WHOLE, ZAMBA, bound, build, examples
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from hybrid_lm.config.dump import architecture_hash
 from hybrid_lm.data.tokenizer import ByteTokenizer
+from hybrid_lm.files import DiskError
 from hybrid_lm.hf import convert, verify
 from hybrid_lm.hf.bundle import bundle
 from hybrid_lm.hf.convert import export, from_hf, to_hf
+from hybrid_lm.hf.wrapper import HybridLMForCausalLM
 from hybrid_lm.registry import table
 
 ALL = {**examples(), **WHOLE}
@@ -109,12 +112,27 @@ def test_export_is_whole_checked_and_speaks_text(tmp_path):
     assert two[0]["generated_text"].startswith("import os, sys")
 
 
+def test_a_folder_that_is_no_export_is_never_replaced(tmp_path):
+    model, out = build(RECURRENT), tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="not empty and no export; choose another folder"):
+            export(model, out, overwrite=overwrite)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "thesis",
+        "thesis/chapter.txt",
+    ]
+
+
 def test_export_overwrites_only_when_asked_and_leaves_nothing_when_it_fails(tmp_path, monkeypatch):
     model, out = build(RECURRENT), tmp_path / "model"
     out.mkdir()
-    (out / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty"):
+    monkeypatch.setattr(convert, "verify", lambda folder, model: {})
+    export(model, out)
+    with pytest.raises(ValueError, match="an export is already there; choose another folder, or say overwr"):
         export(model, out)
+    (out / "note.txt").write_text("from the first export")
 
     def broken(folder, model):
         assert (folder / "model.safetensors").exists()
@@ -124,11 +142,27 @@ def test_export_overwrites_only_when_asked_and_leaves_nothing_when_it_fails(tmp_
     with pytest.raises(ValueError, match="not the model"):
         export(model, out, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (out / "mine.txt").read_text() == "mine"
+    assert (out / "note.txt").exists()
     monkeypatch.setattr(convert, "verify", lambda folder, model: {})
     export(model, out, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert not (out / "mine.txt").exists()
+    assert not (out / "note.txt").exists()
+
+
+def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    model = build(RECURRENT)
+    monkeypatch.setattr(HybridLMForCausalLM, "save_pretrained", full)
+    with pytest.raises(DiskError, match=r"cannot write .*: No space left on device"):
+        export(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_never_replaced(tmp_path):
+    model, out = build(RECURRENT), tmp_path
+    (out / "README.md").write_text("mine")
     with pytest.raises(ValueError, match="is a file"):
         export(model, out / "README.md")
 
