@@ -19,7 +19,7 @@ from rich.console import Console
 import hybrid_lm
 from hybrid_lm.config.load import architecture_hash, dump_yaml, load_config
 from hybrid_lm.config.schema import RunConfig, TextData
-from hybrid_lm.data import is_store
+from hybrid_lm.data import TokenStore, is_store
 from hybrid_lm.files import check_space, disk, new_folder, replace_text
 from hybrid_lm.model.build import build_model, with_vocabulary
 from hybrid_lm.model.lm import HybridLM
@@ -77,13 +77,13 @@ def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
     """An existing run at its newest undamaged checkpoint, or at its beginning if it has none yet.
 
     Raises ValueError if there is no run, or if `config` is not the same run: model, data, seed and batch size
-    must be equal; steps, schedule, logging, device and the like may change.
+    must be equal; steps (not below those that are done), schedule, logging, device and the like may change.
     """
     if not is_run(run_dir):
         raise CheckpointError(f"{run_dir}: no run to resume; without resume a new one begins there")
     device = check_settings(config)
     dry_run(config)
-    refuse_other_text(config, load_config(run_dir / "config.yaml"))
+    refuse_other_text(config, load_config(run_dir / "config.yaml"), run_dir)
     setup = assemble(config, run_dir, open_source(config, run_dir, prepared=True), device)
     facts = read_manifest(run_dir)
     refuse_other_run(run_dir, facts["identity"], setup.identity)
@@ -92,6 +92,11 @@ def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
         setup.checkpoint = checkpoints.read(folder)
         checkpoints.check_architecture(setup.config, setup.checkpoint)
     step = setup.checkpoint.step if setup.checkpoint else 0
+    if config.train.steps < step:
+        raise ValueError(
+            f"train.steps = {config.train.steps}, but {run_dir} has done {step}; say {step} or more to go on "
+            "with it, or start a new run"
+        )
     checkpoints.sweep(run_dir, step)
     check_space(run_dir, space(setup), "the run", REMEDY)
     setup.run_id = facts["id"]
@@ -275,17 +280,22 @@ def refuse_existing(run_dir: Path, overwrite: bool) -> None:
         )
 
 
-def refuse_other_text(config: RunConfig, stored: RunConfig) -> None:
+def refuse_other_text(config: RunConfig, stored: RunConfig, run_dir: Path) -> None:
     """ValueError if the text is another one: a run goes on with its own copy and would not see it."""
-    new, old = config.data, stored.data
-    if not isinstance(new, TextData) or not isinstance(old, TextData) or is_store(new.path):
+    new, old, copy = config.data, stored.data, run_dir / "data"
+    if not isinstance(new, TextData) or not isinstance(old, TextData):
+        return
+    back = "a run goes on with the data it began with: put it back, or start a new run"
+    if is_store(new.path):
+        # A store may have moved. Without a copy of the run's own, the new one is what is opened and compared.
+        if is_store(copy) and TokenStore.open(new.path).fingerprint != TokenStore.open(copy).fingerprint:
+            raise ValueError(
+                f"data.path was {old.path} and is {new.path} now, a token store of something else; {back}"
+            )
         return
     for key in ("path", "tokenizer"):
         if getattr(new, key) != getattr(old, key):
-            raise ValueError(
-                f"data.{key} was {getattr(old, key)} and is {getattr(new, key)} now; a run goes on with the "
-                "data it began with: put it back, or start a new run"
-            )
+            raise ValueError(f"data.{key} was {getattr(old, key)} and is {getattr(new, key)} now; {back}")
 
 
 def refuse_other_run(run_dir: Path, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

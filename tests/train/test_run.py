@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from hybrid_lm.config.load import config_names, load_config
+from hybrid_lm.config.schema import TokenizerConfig
+from hybrid_lm.data import prepare
 from hybrid_lm.files import DiskError
 from hybrid_lm.train import loop
 from hybrid_lm.train import run as runs
@@ -195,6 +197,32 @@ def test_resume_without_a_run_and_of_another_run(done, make_config, text, tmp_pa
     # The text itself may be gone or changed: the run has its own copy.
     shutil.rmtree(text)
     assert train(make_config("train.steps=3"), done, resume=True, console=quiet).step == 3
+
+
+def test_a_store_of_other_text_is_refused_and_one_of_the_same_is_not(
+    done, make_config, text, tmp_path, quiet
+):
+    same = prepare(text, tmp_path / "same", TokenizerConfig())
+    (text / "more.txt").write_text("something else\n" * 40)
+    prepare(text, tmp_path / "other", TokenizerConfig())
+    before = snapshot(done)
+    other = make_config("train.steps=3", f"data.path={tmp_path / 'other'}")
+    with pytest.raises(ValueError, match=r"data\.path was .*text and is .*other now, a token store of some"):
+        train(other, done, resume=True, console=quiet)
+    assert snapshot(done) == before
+    moved = make_config("train.steps=3", f"data.path={same.folder}")
+    assert train(moved, done, resume=True, console=quiet).step == 3
+    # The same for a run that began with a store and has no copy.
+    train(moved, tmp_path / "direct", console=quiet)
+    with pytest.raises(ValueError, match="data has changed since this run began"):
+        train(other, tmp_path / "direct", resume=True, console=quiet)
+
+
+def test_fewer_steps_than_are_done_are_refused(done, make_config, quiet):
+    before = snapshot(done)
+    with pytest.raises(ValueError, match=r"train\.steps = 1, but .* has done 2; say 2 or more to go on"):
+        train(make_config("train.steps=1"), done, resume=True, console=quiet)
+    assert snapshot(done) == before
 
 
 def test_a_run_without_a_checkpoint_begins_again(make_config, tmp_path, quiet, monkeypatch):
