@@ -108,6 +108,60 @@ def test_unknown_arguments_are_refused(folder, capsys):
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *(
+            (
+                [*verb, option, bad],
+                f"argument {option}: '{bad}': a whole number of at least {least} is needed",
+            )
+            for verb, option, least in [
+                (["eval", "run"], "--batch-size", 1),
+                (["eval", "run"], "--stride", 1),
+                (["eval", "run"], "--limit", 1),
+                (["eval", "run"], "--max-bytes", 1),
+                (["eval", "run"], "--step", 1),
+                (["generate", "run"], "--max-new-tokens", 1),
+                (["generate", "run"], "--top-k", 1),
+                (["generate", "run"], "--seed", 0),
+                (["check", "tiny.yaml"], "--tokens", 8),
+                (["probe", "mqar"], "--show", 1),
+                (["probe", "mqar"], "--seeds", 0),
+                (["prepare", "text.txt", "--out", "s"], "--workers", 1),
+                (["prepare", "text.txt", "--out", "s"], "--vocab-size", 1),
+                (["show", "tiny.yaml"], "--context", 1),
+            ]
+            for bad in (str(least - 1), "-7", "a", "1.5", "")
+        ),
+        (["probe", "mqar", "--seeds", "0,1,"], "argument --seeds: '': a whole number"),
+        (["generate", "run", "--seed", str(2**63)], "a seed is less than 2^63"),
+        (["generate", "run", "--seed", "9" * 5000], "a whole number of at least 0"),
+        (["generate", "run", "--stop", ""], "an empty text ends every answer before it begins"),
+    ],
+)
+def test_a_wrong_count_is_told_before_anything_is_done(words, message, folder, capsys):
+    *before, option, bad = words
+    with pytest.raises(SystemExit) as stop:
+        main([*before, f"{option}={bad}"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["text.txt", "tiny.yaml"]
+
+
+@pytest.mark.parametrize("prompt", ["", "\0", "é\u2028😀", "<|endoftext|>"])
+def test_any_text_is_a_prompt(run, capsys, prompt):
+    assert main(["generate", "run", "--prompt", prompt, "--max-new-tokens", "3", "--seed", "0"]) == 0
+    assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_a_prompt_of_broken_bytes_is_one_message(run, capsys):
+    assert main(["generate", "run", "--prompt", b"caf\xe9".decode(errors="surrogateescape")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "hybrid-lm generate: --prompt 'caf\\udce9': not UTF-8 text\n"
+    assert not captured.out
+
+
 def test_a_run_is_not_overwritten_without_being_asked(run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main(["train", "tiny.yaml", "--out", "run"]) == 2

@@ -49,8 +49,10 @@ def run_tasks(
         `hash` and `metrics` per question, for `compare`), `lm_eval` (its version), `max_length`.
 
     Raises:
-        ValueError: for an unknown task, and without lm-eval (MissingPackage).
+        ValueError: for an unknown task, a batch_size below 1, and without lm-eval (MissingPackage).
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: must be at least 1")
     prepare_import(offline)
     import lm_eval
     from lm_eval.evaluator import simple_evaluate

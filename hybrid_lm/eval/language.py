@@ -111,12 +111,14 @@ def evaluate_text(
         batch_size: windows per forward pass; changes speed, not results.
 
     Raises:
-        ValueError: for a stride outside 1..seq_len, for no text, and for a length that the model's positions
-            do not allow.
+        ValueError: for a stride outside 1..seq_len, a batch_size below 1, no text, and a length that the
+            model's positions do not allow.
     """
     stride = seq_len if stride is None else stride
     if not 1 <= stride <= seq_len:
         raise ValueError(f"stride {stride}: must be between 1 and seq_len {seq_len}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: must be at least 1")
     streams, names, n_bytes = _streams(documents, tokenizer)
     todo = [(row, window) for row, s in enumerate(streams) for window in windows(len(s) - 1, seq_len, stride)]
     if not todo:
@@ -138,6 +140,7 @@ def evaluate_text(
             scored += sum(window.end - window.done for _, window in batch)
             if progress is not None:
                 progress(scored, total)
+    assert scored == total == place_count.sum(), "every token is scored once"
     scores = [
         DocumentScore(name, float(x), len(s) - 1, size)
         for name, x, s, size in zip(names, nll, streams, n_bytes, strict=True)

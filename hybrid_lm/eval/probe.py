@@ -90,6 +90,7 @@ def score(
 
     The logits of unlabelled places are never computed: at small sizes they are nearly all of the work.
     """
+    assert batch_size >= 1, batch_size
     device = model.head_weight.device
     correct, nll = np.zeros(len(tokens), dtype=np.int64), np.zeros(len(tokens))
     with evaluating(model):

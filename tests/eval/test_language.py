@@ -138,6 +138,9 @@ def test_what_cannot_be_scored_is_refused():
     for stride in (0, 9):
         with pytest.raises(ValueError, match=f"stride {stride}: must be between 1 and seq_len 8"):
             evaluate_text(tiny("f"), ["abc"], TOKENIZER, seq_len=8, stride=stride)
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size {batch_size}: must be at least 1"):
+            evaluate_text(tiny("f"), ["abc"], TOKENIZER, seq_len=8, batch_size=batch_size)
     with pytest.raises(ValueError, match="no text to score"):
         evaluate_text(tiny("f"), ["", ""], TOKENIZER, seq_len=8)
 
