@@ -66,6 +66,8 @@ class Counters:
     """Tokens read."""
     skipped: int = 0
     skipped_in_a_row: int = 0
+    accuracy: float | None = None
+    """At the last validation, of the setting that was answered worst; None: text, or none was made."""
     window: Window = field(default_factory=Window)
 
 
@@ -129,8 +131,8 @@ def fit(
     """From the counters' step to the end of the run."""
     model, source, c = setup.model, setup.source, setup.config.train
     token_loss = torch.compile(model.token_loss) if c.compile else model.token_loss
-    metrics = {} if counters.step < c.steps else last_metrics(setup.path)
-    stopped = ""
+    stopped = "accuracy" if reached(counters.accuracy, c.stop_at_accuracy) else ""
+    metrics = last_metrics(setup.path) if stopped or counters.step == c.steps else {}
     while counters.step < c.steps and not stopped:
         begin = time.perf_counter()
         batches = [source.batch(counters.step, micro) for micro in range(c.accumulate)]
@@ -154,7 +156,8 @@ def fit(
             if found:
                 log.record("eval", step, **found)
                 metrics |= found
-            if reached(found, c.stop_at_accuracy):
+                counters.accuracy = worst(found)
+            if reached(counters.accuracy, c.stop_at_accuracy):
                 stopped = "accuracy"
                 log.event(step, f"accuracy {c.stop_at_accuracy} reached on every setting")
         stopped = stopped or signals.name or ("done" if last else "")
@@ -287,10 +290,14 @@ def restore(setup: runs.Setup, optimizer: torch.optim.Optimizer) -> Counters:
     return Counters(**{**counters, "window": Window(**counters["window"])})
 
 
-def reached(metrics: dict[str, float], threshold: float | None) -> bool:
-    """Whether every tested setting is at least as accurate as asked."""
-    accuracies = [value for key, value in metrics.items() if key.startswith("accuracy/")]
-    return threshold is not None and bool(accuracies) and min(accuracies) >= threshold
+def worst(metrics: dict[str, float]) -> float | None:
+    """The least accuracy of the tested settings; None for text."""
+    return min((value for key, value in metrics.items() if key.startswith("accuracy/")), default=None)
+
+
+def reached(accuracy: float | None, threshold: float | None) -> bool:
+    """Whether the run is as accurate as asked."""
+    return accuracy is not None and threshold is not None and accuracy >= threshold
 
 
 def last_metrics(run_dir: Path) -> dict[str, Any]:

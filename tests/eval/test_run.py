@@ -120,6 +120,14 @@ def test_a_probe_is_trained_and_tested_once_per_seed(tmp_path):
         evaluate_tasks(tmp_path / "recall" / "seed-0", ["hybrid_lm_text"], **CPU)
 
 
+def test_a_probe_that_ended_at_its_accuracy_is_not_trained_on(tmp_path):
+    enough = PROBE.model_copy(update={"train": PROBE.train.model_copy(update={"stop_at_accuracy": 0.0})})
+    rows = run_probe(enough, tmp_path / "recall", console=QUIET)
+    again = run_probe(enough, tmp_path / "recall", console=QUIET)
+    assert [row["steps"] for row in (*rows, *again)] == [2] * 4
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+
+
 def test_text_and_recall_make_one_line_of_a_report(runs, tmp_path):
     run_probe(PROBE, tmp_path / "recall", seeds=[0], console=QUIET)
     evaluate_run(runs[0], **FAST)

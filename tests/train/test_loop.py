@@ -253,6 +253,18 @@ def test_a_probe_ends_at_the_accuracy_asked_for(make_probe, tmp_path, quiet):
     assert not (tmp_path / "run" / "tokenizer").exists()
 
 
+def test_a_run_that_ended_at_its_accuracy_is_complete_until_more_is_asked(make_probe, tmp_path, quiet):
+    options = ("train.eval_every_steps=2", "train.optimizer.lr=1e-9")
+    config = make_probe(*options, "train.stop_at_accuracy=0.0")
+    first = train(config, tmp_path / "run", console=quiet)
+    assert (first.step, first.stopped) == (2, "accuracy")
+    again = train(config, tmp_path / "run", resume=True, console=quiet)
+    assert (again.step, again.stopped) == (2, "accuracy")
+    assert again.metrics == first.metrics
+    more = make_probe(*options, "train.stop_at_accuracy=0.9")
+    assert train(more, tmp_path / "run", resume=True, console=quiet).step == 4
+
+
 def test_accuracy_is_of_the_labelled_positions(make_probe, tmp_path):
     from hybrid_lm.train.evaluate import validate
     from hybrid_lm.train.source import open_source
