@@ -12,22 +12,21 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from hybrid_lm.config.load import dump_yaml, load_config
-from hybrid_lm.config.schema import TokenizerConfig
+from hybrid_lm.config.schema import RunConfig, TokenizerConfig
 from hybrid_lm.data import TokenStore, is_store, prepare
 from hybrid_lm.eval.report import report
 from hybrid_lm.eval.results import read_results, read_rows
-from hybrid_lm.eval.run import evaluate_run, evaluate_tasks, run_probe
 from hybrid_lm.eval.summary import read_runs
 from hybrid_lm.eval.table import print_table, results_table
 from hybrid_lm.hf.convert import export
+from hybrid_lm.jobs import Job, run_jobs
 from hybrid_lm.train.checkpoint import load_run, newest
-from hybrid_lm.train.loop import train
 from hybrid_lm.train.run import is_run
 
 SIBLINGS = ("transformer", "mamba2", "samba")
@@ -79,34 +78,35 @@ def demo(out: Path, *, fast: bool = False, console: Console | None = None) -> Pa
     fast: a few steps of everything, for trying whether it works at all; its numbers mean nothing.
     """
     console = console or Console(stderr=True)
-    steps = Steps(console, 6)
+    steps = Steps(console, 4)
     steps.next("corpus: the Python standard library's own sources, as bytes")
     store = corpus(out / "corpus")
     for split in (store.split("train"), store.split("val")):
         console.print(f"{split.name}: {split.n_documents:,} documents, {split.n_bytes:,} bytes", markup=False)
-    steps.next("three siblings learn it, and are measured on text they have not seen")
-    changes = [f"data.path={json.dumps(str(out / 'corpus'))}", *(FAST if fast else ())]
-    for name in SIBLINGS:
-        language_model(name, out / "lm" / name, changes, fast, console)
-    steps.next("tiny ones of the same patterns learn to recall (MQAR)")
-    for name in SIBLINGS:
-        recall(name, out / "recall" / name, FAST if fast else (), console)
-    steps.next(f"lm-eval: {TASK}, which of four names comes again?")
-    for name in SIBLINGS:
-        if "harness" not in read_results(out / "lm" / name):
-            evaluate_tasks(out / "lm" / name, [TASK], limit=8 if fast else None)
-        scores = read_results(out / "lm" / name)["harness"]["results"][TASK]
-        console.print(f"{name}: accuracy {scores['acc,none']:.3f}   (chance 0.250)", markup=False)
     steps.next(
-        f"export of {HYBRID}, and text from it in a process that has the exported files and transformers"
+        "three siblings learn it and are measured on text they have not seen, by us and by lm-eval; tiny "
+        "ones of the same patterns learn to recall (MQAR)"
     )
-    text = exported(out / "lm" / HYBRID, out / "export")
-    console.print(text, markup=False, highlight=False)
+    # The long ones first: what is left at the end is short.
+    work = [language_job(name, out, fast) for name in SIBLINGS] + [
+        recall_job(name, out, fast) for name in SIBLINGS
+    ]
+    run_jobs([job for job in work if job], console=console)
+    steps.next(
+        f"export of {HYBRID}, and text from a process that has the exported files and transformers only"
+    )
+    console.print(exported(out / "lm" / HYBRID, out / "export"), markup=False, highlight=False)
     steps.next("report")
     folders = {name: [out / "lm" / name, out / "recall" / name] for name in SIBLINGS}
-    page = report(folders, out / "report.html", title="Transformer, Mamba-2 and a hybrid on real text")
+    page = out / "report.html"
+    inputs = [path for path in out.rglob("*.json*") if path.stem in ("results", "metrics")]
+    if not page.exists() or page.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
+        report(folders, page, title="Transformer, Mamba-2 and a hybrid on real text")
     print_table(Console(width=None if sys.stdout.isatty() else 160), "", *results_table(read_runs(folders)))
-    console.print(f"\n{page}   ({steps.passed()})", markup=False)
+    facts = read_results(out / "lm" / HYBRID)["text"]["baselines"]
+    for name, bits in facts.items():
+        console.print(f"{name} on the same bytes: {bits:.3f} bits per byte", markup=False, highlight=False)
+    console.print(f"\n{page}   ({steps.passed()})", markup=False, highlight=False)
     return page
 
 
@@ -115,23 +115,55 @@ def corpus(folder: Path) -> TokenStore:
     return TokenStore.open(folder) if is_store(folder) else prepare("stdlib", folder, TokenizerConfig())
 
 
-def language_model(name: str, folder: Path, changes: list[str], fast: bool, console: Console) -> None:
-    """Trains and evaluates one sibling, unless that is done."""
+def language_job(name: str, out: Path, fast: bool) -> Job | None:
+    """Training and measuring one sibling; None if that is done."""
+    folder = out / "lm" / name
+    changes = [f"data.path={json.dumps(str(out / 'corpus'))}", *(FAST if fast else ())]
     config = load_config(f"demo/{name}", changes)
-    same = is_run(folder) and settings(folder) == settings_of(config)
-    done = same and (last := newest(folder)) is not None and last.name.endswith(f"{config.train.steps:08d}")
-    if not done:
-        console.print(f"{name}: {config.model.pattern}", markup=False)
-        train(config, folder, resume=same, overwrite=is_run(folder) and not same, console=console)
-    if not done or "text" not in read_results(folder):
-        found = evaluate_run(folder, max_bytes=2_000 if fast else EVAL_BYTES, prompt=PROMPT)
-        rows = [(name, found["text"]["bits_per_byte"]), *found["text"]["baselines"].items()]
-        console.print(
-            "held out, bits per byte   " + "   ".join(f"{k} {v:.3f}" for k, v in rows), markup=False
-        )
+    commands: list[Sequence[str]] = []
+    if not complete(folder, config):
+        commands.append(train_command(f"demo/{name}", folder, config, changes))
+    if commands or not {"text", "harness"} <= set(read_results(folder)):
+        size = ["--max-bytes", "2000", "--limit", "8"] if fast else ["--max-bytes", str(EVAL_BYTES)]
+        commands.append(["eval", str(folder), *size, "--tasks", TASK])
+    log = out / "logs" / f"{name}.txt"
+    return (
+        Job(f"{name} {config.model.pattern}", commands, folder, config.train.steps, log) if commands else None
+    )
 
 
-def settings_of(config: Any) -> str:
+def recall_job(name: str, out: Path, fast: bool) -> Job | None:
+    """Training and testing one tiny sibling on MQAR; None if that is done."""
+    folder, changes = out / "recall" / name, list(FAST if fast else ())
+    config = load_config(f"demo/recall/{name}", changes)
+    run = folder / f"seed-{config.train.seed}"
+    commands: list[Sequence[str]] = []
+    if not complete(run, config):
+        commands.append(train_command(f"demo/recall/{name}", run, config, changes))
+    if commands or not read_rows(folder / "results.jsonl"):
+        commands.append(["probe", f"demo/recall/{name}", *changes, "--out", str(folder)])
+    log = out / "logs" / f"recall-{name}.txt"
+    title = f"recall {name} {config.model.pattern}"
+    return Job(title, commands, run, config.train.steps, log) if commands else None
+
+
+def train_command(config_name: str, folder: Path, config: RunConfig, changes: Sequence[str]) -> list[str]:
+    """Going on with a run of the same settings, or a new one."""
+    if is_run(folder) and settings(folder) == settings_of(config):
+        return ["train", str(folder), "--resume"]
+    replace = ["--overwrite"] if is_run(folder) else []
+    return ["train", config_name, *changes, "--out", str(folder), *replace]
+
+
+def complete(folder: Path, config: RunConfig) -> bool:
+    """Whether the run has these settings and has reached its last step."""
+    if not is_run(folder) or settings(folder) != settings_of(config):
+        return False
+    last = newest(folder)
+    return last is not None and last.name.endswith(f"-{config.train.steps:08d}")
+
+
+def settings_of(config: RunConfig) -> str:
     """A configuration as text, without the vocabulary, which a run fills in."""
     plain = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": None})})
     return dump_yaml(plain)
@@ -142,26 +174,14 @@ def settings(folder: Path) -> str:
     return settings_of(load_config(folder / "config.yaml"))
 
 
-def recall(name: str, folder: Path, changes: tuple[str, ...] | list[str], console: Console) -> None:
-    """Trains and tests one tiny sibling on MQAR, unless that is done."""
-    config = load_config(f"demo/recall/{name}", list(changes))
-    seed = folder / f"seed-{config.train.seed}"
-    if read_rows(folder / "results.jsonl") and is_run(seed) and settings(seed) == settings_of(config):
-        return
-    console.print(f"{name}: {config.model.pattern}", markup=False)
-    if is_run(seed) and settings(seed) != settings_of(config):
-        train(config, seed, overwrite=True, console=console)
-    rows = run_probe(config, folder, seeds=[config.train.seed], console=console)
-    shown = "   ".join(f"{row['setting']['n_pairs']} pairs {row['accuracy']:.2f}" for row in rows)
-    console.print(f"recall   {shown}", markup=False)
-
-
 def exported(run: Path, folder: Path) -> str:
-    """Exports a run and returns what a process without hybrid_lm generates from the export."""
-    trained = load_run(run)
-    export(
-        trained, folder, overwrite=folder.exists(), max_length=getattr(trained.config.data, "seq_len", None)
-    )
+    """What a process without hybrid_lm generates from a run's export, which is made if it is not there."""
+    trained, text = load_run(run), folder / "sample.txt"
+    stamp = f"{run.name}, step {trained.step}, {(run / 'metrics.jsonl').stat().st_mtime_ns}\n"
+    if text.exists() and text.read_text(encoding="utf-8").startswith(stamp):
+        return text.read_text(encoding="utf-8").removeprefix(stamp)
+    length = getattr(trained.config.data, "seq_len", None)
+    export(trained, folder, overwrite=folder.exists(), max_length=length)
     child = subprocess.run(
         [sys.executable, "-I", "-c", GENERATE, str(folder.resolve()), PROMPT],
         env={
@@ -174,4 +194,5 @@ def exported(run: Path, folder: Path) -> str:
     )
     if child.returncode:
         raise ValueError(f"{folder}: the export does not generate:\n{child.stderr[-2000:]}")
+    text.write_text(stamp + child.stdout.strip(), encoding="utf-8")
     return child.stdout.strip()
