@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,20 @@ class Split:
         ends = [*self.starts[1:], len(self.tokens) - 1]
         for start, end in zip(self.starts, ends, strict=True):
             yield self.tokens[start + 1 : end]
+
+    def chosen(self, rows: Sequence[int]) -> Split:
+        """The documents of these numbers in this order, as a split in memory."""
+        documents = list(self.documents())
+        eot = np.array([self.eot_id], dtype=self.tokens.dtype)
+        tokens = np.concatenate([part for row in rows for part in (eot, documents[row])] + [eot])
+        sizes = np.array([1 + len(documents[row]) for row in rows], dtype=np.int64)
+        return replace(
+            self,
+            tokens=tokens,
+            starts=np.cumsum(sizes) - sizes,
+            doc_bytes=self.doc_bytes[list(rows)],
+            fingerprint=hashlib.sha256(tokens.tobytes()).hexdigest(),
+        )
 
 
 class TokenStore:

@@ -104,7 +104,8 @@ def evaluate_text(
     """Scores documents, each on its own, after an end-of-text token.
 
     Args:
-        documents: texts, or a split of a token store.
+        documents: texts, or a split of a token store. Its bits are per byte of the text that it was made
+            from, which for a tokenizer that does not keep every character is not what it decodes to.
         seq_len: tokens that the model reads at a time.
         stride: see `windows`; by default seq_len, as lm-eval has it. Smaller gives more context and costs
             more passes.
@@ -167,20 +168,25 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def held_out(split: Split, tokenizer: Tokenizer, max_bytes: int | None = None) -> list[str]:
-    """The texts of a split, whole documents in the order of their hash, until they hold `max_bytes` (at least
+def held_out(split: Split, tokenizer: Tokenizer, max_bytes: int | None = None) -> Split:
+    """Whole documents of a split in the order of their text's hash, until they hold `max_bytes` (at least
     one).
 
     The order is arbitrary but fixed: a part of it is a fair sample of the split and the same for every model.
     """
-    texts = sorted((tokenizer.decode(tokens) for tokens in split.documents()), key=text_hash)
-    chosen, size = [], 0
-    for text in texts:
+    hashes = [text_hash(tokenizer.decode(tokens)) for tokens in split.documents()]
+    rows, size = [], 0
+    for row in sorted(range(len(hashes)), key=hashes.__getitem__):
         if max_bytes is not None and size >= max_bytes:
             break
-        chosen.append(text)
-        size += len(text.encode())
-    return chosen
+        rows.append(row)
+        size += int(split.doc_bytes[row])
+    return split.chosen(rows)
+
+
+def texts_of(split: Split, tokenizer: Tokenizer) -> list[str]:
+    """The documents as text: the original but for what the tokenizer does not keep (some collapse blanks)."""
+    return [tokenizer.decode(tokens) for tokens in split.documents()]
 
 
 def compression_baselines(documents: Iterable[str]) -> dict[str, float]:

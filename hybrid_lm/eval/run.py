@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from hybrid_lm.config.schema import ProbeData, RunConfig, TextData
-from hybrid_lm.data import TokenStore
-from hybrid_lm.eval.language import Progress, compression_baselines, evaluate_text, held_out
+from hybrid_lm.data import Split
+from hybrid_lm.eval.language import Progress, compression_baselines, evaluate_text, held_out, texts_of
 from hybrid_lm.eval.probe import Row, evaluate_probe
 from hybrid_lm.eval.results import read_results, read_rows, write_results, write_rows
 from hybrid_lm.eval.tasks import task_names, write_tasks
@@ -21,7 +21,7 @@ from hybrid_lm.model.stats import layer_table, totals
 from hybrid_lm.train.checkpoint import Run, load_run
 from hybrid_lm.train.log import read_metrics
 from hybrid_lm.train.loop import train
-from hybrid_lm.train.run import is_run, pick_device
+from hybrid_lm.train.run import is_run, pick_device, read_manifest
 from hybrid_lm.train.source import TextSource, open_source, slice_name
 
 ROWS = "results.jsonl"
@@ -65,11 +65,11 @@ def evaluate_run(
         sections["probe"] = evaluate_probe(run.model, run.config.data)
     else:
         assert run.tokenizer is not None
-        texts = held_out_texts(run, max_bytes)
-        seq_len = run.config.data.seq_len
+        documents, seq_len = held_out_documents(run, max_bytes), run.config.data.seq_len
         how = {"stride": stride, "batch_size": batch_size, "progress": progress}
-        found = evaluate_text(run.model, texts, run.tokenizer, seq_len=seq_len, **how)
-        sections["text"] = found.to_dict() | {"baselines": compression_baselines(texts)}
+        found = evaluate_text(run.model, documents, run.tokenizer, seq_len=seq_len, **how)
+        baselines = compression_baselines(texts_of(documents, run.tokenizer))
+        sections["text"] = found.to_dict() | {"baselines": baselines}
         sections["sample"] = {"prompt": prompt, "text": sample(run, prompt, sample_tokens)}
     write_results(run.path, **sections)
     return sections
@@ -115,7 +115,7 @@ def evaluate_tasks(
             )
         include_path = run.path / "lm_eval"
         # A question's context and its answer fit into the window.
-        texts = held_out_texts(run, max_bytes)
+        texts = texts_of(held_out_documents(run, max_bytes), run.tokenizer)
         if missing := set(own) - set(write_tasks(texts, include_path, context=max(64, length - 48))):
             raise ValueError(f"{', '.join(missing)}: the held-out text has no questions in it; use more text")
     found = run_tasks(
@@ -139,14 +139,21 @@ def evaluate_tasks(
     return found
 
 
-def held_out_texts(run: Run, max_bytes: int | None = None) -> list[str]:
-    """Documents that the run has not been trained on, by `language.held_out`."""
+def held_out_documents(run: Run, max_bytes: int | None = None) -> Split:
+    """Documents that the run has not been trained on, by `language.held_out`.
+
+    ValueError if the token store that it was trained on has been replaced by another.
+    """
     assert isinstance(run.config.data, TextData)
     assert run.tokenizer is not None
     source = open_source(run.config, run.path, prepared=True)
     assert isinstance(source, TextSource)
-    store: TokenStore = source.store
-    return held_out(store.split("val"), run.tokenizer, max_bytes)
+    if source.fingerprint != read_manifest(run.path)["identity"]["data"]:
+        raise ValueError(
+            f"{run.path}: the token store {run.config.data.path} is not the one that the run was trained on, "
+            "and its held-out part may be what the run has seen; put that one back"
+        )
+    return held_out(source.store.split("val"), run.tokenizer, max_bytes)
 
 
 def model_facts(run: Run) -> dict[str, Any]:

@@ -8,10 +8,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from hybrid_lm.config.schema import ModelConfig
-from hybrid_lm.data import ByteTokenizer, prepare
-from hybrid_lm.eval.language import compression_baselines, evaluate_text, evaluating, held_out, windows
+from hybrid_lm.data import ByteTokenizer, HFTokenizer, prepare, train_bpe
+from hybrid_lm.data.tokenizer import EOT
+from hybrid_lm.eval.language import (
+    compression_baselines,
+    evaluate_text,
+    evaluating,
+    held_out,
+    texts_of,
+    windows,
+)
 from hybrid_lm.model.build import build_model
 
 EPS = torch.finfo(torch.float32).eps
@@ -102,16 +112,35 @@ def test_a_split_of_a_store_scores_like_its_texts(tmp_path):
         (tmp_path / "corpus" / f"{i}.txt").write_text(text, encoding="utf-8")
     split = prepare(tmp_path / "corpus", tmp_path / "store", TOKENIZER, val_fraction=0.3).split("val")
     model = tiny("f")
-    texts = held_out(split, TOKENIZER)
+    texts = texts_of(held_out(split, TOKENIZER), TOKENIZER)
     a = evaluate_text(model, split, TOKENIZER, seq_len=32)
     b = evaluate_text(model, texts, TOKENIZER, seq_len=32)
     assert a.n_bytes == b.n_bytes == split.n_bytes
     assert sorted(d.hash for d in a.documents) == [d.hash for d in b.documents]
     # Other batches: per token about eps * (size of the logits, < 10).
     assert abs(a.nll_nats - b.nll_nats) <= 10 * EPS * a.n_tokens
-    assert held_out(split, TOKENIZER, max_bytes=1) == texts[:1]
+    assert texts_of(held_out(split, TOKENIZER, max_bytes=1), TOKENIZER) == texts[:1]
     # Each text has 60 to 120 bytes.
-    assert held_out(split, TOKENIZER, max_bytes=121) in (texts[:2], texts[:3])
+    assert texts_of(held_out(split, TOKENIZER, max_bytes=121), TOKENIZER) in (texts[:2], texts[:3])
+
+
+def test_bits_are_per_byte_of_the_original_text(tmp_path):
+    """By a tokenizer that reads any run of blanks as one."""
+    backend = train_bpe(["a b c d\n"], 258).backend
+    backend.normalizer = normalizers.Replace(Regex(" +"), " ")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOT).save_pretrained(tmp_path / "t")
+    tokenizer = HFTokenizer(tmp_path / "t")
+    texts = [f"{i}{' ' * 50}{i}\n" for i in range(8)]
+    (tmp_path / "corpus").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(text)
+    split = prepare(tmp_path / "corpus", tmp_path / "store", tokenizer, val_fraction=0.5).split("val")
+    documents = held_out(split, tokenizer)
+    assert sum(len(text) for text in texts_of(documents, tokenizer)) == 4 * 4
+    result = evaluate_text(tiny(), documents, tokenizer, seq_len=32)
+    assert result.n_bytes == 4 * 53
+    assert result.n_tokens == 4 * 4
+    assert result.bits_per_byte == result.nll_nats / (4 * 53) / math.log(2)
 
 
 def test_progress_ends_at_the_number_of_tokens():

@@ -6,6 +6,8 @@ import pytest
 from rich.console import Console
 
 from hybrid_lm.config.load import parse_config
+from hybrid_lm.config.schema import TokenizerConfig
+from hybrid_lm.data import prepare
 from hybrid_lm.eval.compare import compare
 from hybrid_lm.eval.report import report
 from hybrid_lm.eval.results import read_results, read_rows
@@ -156,3 +158,14 @@ def test_a_run_whose_text_is_gone_still_has_its_own(runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "moved")
     found = evaluate_run(tmp_path / "moved", **FAST)
     assert found["text"]["bits_per_byte"] == evaluate_run(runs[0], **FAST)["text"]["bits_per_byte"]
+
+
+def test_a_replaced_token_store_is_not_evaluated_on(runs, tmp_path):
+    corpus, store = runs[0].parent / "corpus", tmp_path / "store"
+    prepare(corpus, store, TokenizerConfig())
+    train(text_config(store, "a"), tmp_path / "run", console=QUIET)
+    assert evaluate_run(tmp_path / "run", **FAST)["text"]["bits_per_byte"] > 0
+    # Another split of the same documents: some that are held out now have been trained on.
+    prepare(corpus, store, TokenizerConfig(), val_fraction=0.5, overwrite=True)
+    with pytest.raises(ValueError, match="is not the one that the run was trained on"):
+        evaluate_run(tmp_path / "run", **FAST)
