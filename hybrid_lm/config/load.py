@@ -91,6 +91,9 @@ def find_config(path_or_name: str | FilePath) -> FilePath:
     for candidate in (name, name.removesuffix(".yaml"), name.removeprefix("configs/").removesuffix(".yaml")):
         if candidate in known:
             return configs_dir() / f"{candidate}.yaml"
+    if (path / "config.yaml").is_file():
+        text = f"the folder of a run; `--resume` goes on with it, its settings are in {path / 'config.yaml'}"
+        raise ConfigError(name, [Problem(name, text)])
     what = "a folder, not a YAML file" if path.is_dir() else "no such file"
     close = nearest(name, known)
     hint = f". Did you mean {close!r}?" if close else ""

@@ -492,3 +492,9 @@ def test_the_hash_looks_into_parts(write):
     assert composite("n_heads: 4", "n_heads: 8") != base
     renamed = COMPOSITE.replace("s: {type: attention", "t: {type: attention").replace("block: s", "block: t")
     assert architecture_hash(load_config(write(renamed))) == base
+
+
+def test_a_runs_folder_is_told_from_a_configuration(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {}")
+    with pytest.raises(ConfigError, match="the folder of a run; `--resume` goes on with it"):
+        load_config(tmp_path)
