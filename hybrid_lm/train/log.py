@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -61,16 +61,19 @@ class Log:
 
     def _give_up(self, sink: Sink, error: Exception) -> None:
         self.sinks.remove(sink)
-        reason = f"{type(error).__name__}: {error}"
-        self.console.print(f"warning: no more logging to {sink.name}: {reason}", markup=False, soft_wrap=True)
+        self._warn(f"warning: no more logging to {sink.name}: {type(error).__name__}: {error}")
+
+    def _warn(self, text: str) -> None:
+        # The terminal may be the one that is gone.
+        with suppress(OSError):
+            print_line(self.console, text)
 
     def add(self, name: str, make: Any) -> None:
         """Adds the sink that `make()` returns; if it cannot be made, that is one warning too."""
         try:
             self.sinks.append(make())
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            self.console.print(f"warning: no logging to {name}: {reason}", markup=False, soft_wrap=True)
+            self._warn(f"warning: no logging to {name}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         for sink in list(self.sinks):
@@ -99,37 +102,61 @@ class JsonlSink:
 
 
 class ConsoleSink:
-    """A progress bar on a terminal, plain lines elsewhere."""
+    """On a terminal a progress bar, and above it a line now and then; every record as a line elsewhere.
+
+    Raises OSError where nobody reads any more: a closed pipe, a terminal that is gone.
+    """
 
     name = "the terminal"
 
     def __init__(self, console: Console, steps: int, step: int):
         self.console, self.width = console, len(str(steps))
-        self.steps = steps
+        self.steps, self.tenth = steps, 10 * step // steps
         self.progress = None
         if console.is_terminal:
+            # All of it fits into 80 columns, beside steps of seven digits too.
             self.progress = Progress(
-                TextColumn("train"),
-                BarColumn(),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=12),
+                TextColumn("step {task.completed}/{task.total}"),
                 TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(compact=True),
                 console=console,
+                # rich's 30 seconds hold no two records of a slow run.
+                speed_estimate_period=600,
             )
             self.task = self.progress.add_task("", total=steps, completed=step)
-            self.progress.start()
+            with as_error():
+                self.progress.start()
 
     def write(self, record: Record) -> None:
+        step = record["step"]
         if self.progress is not None and record["kind"] == "train":
-            self.progress.update(self.task, completed=record["step"], description=summary(record))
-        else:
-            line = f"step {record['step']:>{self.width}}/{self.steps}  {summary(record)}"
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.progress.update(self.task, completed=step, description=brief(record))
+            before, self.tenth = self.tenth, 10 * step // self.steps
+            if self.tenth == before:
+                return
+        print_line(self.console, f"step {step:>{self.width}}/{self.steps}  {summary(record)}")
 
     def close(self) -> None:
         if self.progress is not None:
-            self.progress.stop()
+            with as_error():
+                self.progress.stop()
+
+
+def print_line(console: Console, text: str) -> None:
+    """A line as it is. Raises OSError where nobody reads any more."""
+    with as_error():
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def as_error() -> Iterator[None]:
+    """rich makes SystemExit of a broken pipe (`| head`): a reader that leaves must not end a training."""
+    try:
+        yield
+    except SystemExit:
+        raise BrokenPipeError("nobody reads it any more") from None
 
 
 class WandbSink:
@@ -190,6 +217,22 @@ def summary(record: Record) -> str:
         if record.get(key) is not None
     ]
     return "  ".join(words) + (f"  skipped {record['skipped']}" if record.get("skipped") else "")
+
+
+def brief(record: Record) -> str:
+    """A training record in less than 30 columns, for beside a bar."""
+    speed = record.get("tokens_per_s")
+    loss = "" if record.get("loss") is None else f"loss {record['loss']:.4f}"
+    return "  ".join(filter(None, [loss, speed and f"{short(speed)} tok/s"]))
+
+
+def short(x: float) -> str:
+    """12,345 as 12.3k."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= scale:
+            x /= scale
+            return f"{x:.0f}{unit}" if x >= 100 else f"{x:.3g}{unit}"
+    return f"{x:.0f}"
 
 
 def read_metrics(run_dir: str | Path) -> list[Record]:
