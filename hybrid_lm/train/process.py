@@ -49,21 +49,27 @@ def peak_memory(device: torch.device) -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-class Signals:
-    """Remembers SIGINT or SIGTERM for the loop to see; a second one does what it always did.
+# SIGHUP comes when the terminal is gone: a closed window or ssh session.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+
+class Signals:
+    """Remembers SIGINT, SIGTERM or SIGHUP for the loop to see; a second one does what it always did.
+
+    A signal that this process was told to ignore stays ignored: `nohup` does so with SIGHUP.
     Python lets only the main thread handle signals; in another one this does nothing.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        """Of the signal that came, SIGINT or SIGTERM; empty: none did."""
+        """Of the signal that came; empty: none did."""
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
+            for number in ENDING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.handle)
         return self
 
     def handle(self, number: int, frame: FrameType | None) -> None:
