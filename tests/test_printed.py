@@ -15,6 +15,8 @@ from hybrid_lm import show
 from hybrid_lm.cli import main
 from hybrid_lm.config.load import config_names, configs_dir, parse_config
 from hybrid_lm.config.yaml import load
+from hybrid_lm.train.checkpoint import newest
+from hybrid_lm.train.run import read_manifest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,7 +40,10 @@ def run(command: str) -> None:
     words = shlex.split(command)
     assert words[0] == "hybrid-lm", command
     examples_only = words[1] == "probe" and "--show" in words
-    assert main([*words[1:], *([] if examples_only else SMALL.get(words[1], []))]) == 0, command
+    small = [] if examples_only else SMALL.get(words[1], [])
+    # A run that is gone on with has more steps to do, as in the original.
+    more = ["train.steps=3"] if "--resume" in words else []
+    assert main([*words[1:], *small, *more]) == 0, command
 
 
 @pytest.fixture
@@ -59,6 +64,10 @@ def test_every_command_of_the_readme(folder):
             assert os.access(ROOT / "run", os.X_OK)
         else:
             run(command.replace("./run demo", "hybrid-lm demo"))
+    (resumed,) = re.findall(r"hybrid-lm train (\S+) --resume", README)
+    history = read_manifest(folder / resumed)["history"]
+    assert [entry["resumed_at_step"] for entry in history] == [2]
+    assert newest(folder / resumed).name == "step-00000003"
     for page in (folder / "runs/demo/report.html", folder / "report.html"):
         assert "<img" in page.read_text(encoding="utf-8")
     for code in blocks("python"):
