@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -113,7 +113,7 @@ def run_jobs(jobs: Sequence[Job], *, console: Console, workers: int | None = Non
     waiting, running = list(jobs), list[Job]()
     screen = Screen(jobs, console)
     try:
-        with screen.bars:
+        with screen.bars, ended_by(signal.SIGTERM, signal.SIGHUP):
             while waiting or running:
                 while waiting and len(running) < workers:
                     running.append(waiting.pop(0))
@@ -124,6 +124,21 @@ def run_jobs(jobs: Sequence[Job], *, console: Console, workers: int | None = Non
     finally:
         for job in running:
             job.close()
+
+
+@contextmanager
+def ended_by(*signals: signal.Signals) -> Iterator[None]:
+    """These signals interrupt the block, as Ctrl-C does, instead of leaving its jobs behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Screen:

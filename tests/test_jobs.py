@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -52,7 +56,25 @@ def test_a_failure_ends_the_others_and_says_why(folder):
         job(folder, "bad", ["train", "tiny.yaml", "train.stepz=3", "--out", "bad"]),
         job(folder, "long", ["train", "tiny.yaml", "train.steps=100000", "--out", "long"]),
     ]
-    with pytest.raises(ValueError, match=r"bad: hybrid-lm train tiny.yaml(.|\n)*train.stepz=3(.|\n)*unknown key"):
+    with pytest.raises(
+        ValueError, match=r"bad: hybrid-lm train tiny.yaml(.|\n)*train.stepz=3(.|\n)*unknown key"
+    ):
         run_jobs(jobs, console=Console(file=io.StringIO()), workers=2)
     assert jobs[1].process is not None
     assert jobs[1].process.poll() is not None, "nothing goes on behind one's back"
+
+
+def test_a_signal_ends_the_jobs_and_they_can_go_on(folder):
+    work = job(folder, "long", ["train", "tiny.yaml", "train.steps=100000", "--out", "long"])
+
+    def send():
+        while not (folder / "long" / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([work], console=Console(file=io.StringIO()), workers=1)
+    assert work.process is not None
+    assert work.process.poll() is not None
+    assert list((folder / "long" / "checkpoints").iterdir()), "it saved before it went"
