@@ -69,7 +69,7 @@ def run_tasks(
         if task not in manager.all_tasks:
             raise ValueError(unknown("task", task, nearby(task, manager.all_tasks)))
     lm = HarnessModel(model, tokenizer, max_length=max_length, batch_size=batch_size, progress=progress)
-    with without_bars():
+    with undisturbed():
         # Its bootstrap starts a pool of processes; intervals are ours, paired, in `compare`.
         found: Any = simple_evaluate(
             model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0
@@ -86,20 +86,31 @@ def run_tasks(
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """No progress bars of lm_eval's and datasets', one for each preparation that takes no time."""
+def undisturbed() -> Iterator[None]:
+    """lm_eval without what it does besides: a bar for each preparation that takes no time, and questions to
+    git, pip and the hardware, which cost seconds, complain on the terminal, and whose answers are not kept.
+    """
+    from lm_eval import evaluator
     from tqdm import tqdm
 
-    before = tqdm.__init__
+    init = tqdm.__init__
 
     def silent(self: Any, *args: Any, **kwargs: Any) -> None:
-        before(self, *args, **{**kwargs, "disable": True})
+        init(self, *args, **{**kwargs, "disable": True})
 
-    tqdm.__init__ = silent
+    changes = [
+        (tqdm, "__init__", silent),
+        (evaluator, "get_git_commit_hash", lambda: None),
+        (evaluator, "add_env_info", lambda storage: None),
+    ]
+    before = [(place, name, getattr(place, name)) for place, name, _ in changes if hasattr(place, name)]
     try:
+        for place, name, new in changes:
+            setattr(place, name, new)
         yield
     finally:
-        tqdm.__init__ = before
+        for place, name, old in before:
+            setattr(place, name, old)
 
 
 def prepare_import(offline: bool) -> None:

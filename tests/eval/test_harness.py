@@ -79,6 +79,21 @@ def test_nothing_is_imported_before_it_is_needed():
     assert done.stdout.strip() == "[]"
 
 
+def test_nothing_is_asked_of_git_and_nothing_is_said(model, tmp_path, monkeypatch, capfd):
+    import subprocess
+
+    from hybrid_lm.eval.harness import run_tasks
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"a process was started: {args}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    write_tasks(TEXTS, tmp_path / "tasks", context=120, n_questions=2)
+    run_tasks(model, TOKENIZER, ["hybrid_lm_names"], max_length=200, include_path=tmp_path / "tasks")
+    assert capfd.readouterr().err == ""
+
+
 def test_bits_per_byte_are_the_harnesss(model, found):
     results, _ = found
     ours = evaluate_text(model, TEXTS, TOKENIZER, seq_len=200, stride=200)
