@@ -18,7 +18,7 @@ from hybrid_lm import __version__, verbs
 class Verb(NamedTuple):
     """A verb of the command line."""
 
-    run: Callable[[Arguments], None]
+    run: Callable[[Arguments], int | None]
     help: str
     example: str
     arguments: Sequence[tuple[tuple[str, ...], dict[str, Any]]]
@@ -239,10 +239,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0, 2 for a user's mistake, 130 for an interruption."""
+    """Runs the command line; 0, 2 for a user's mistake, 128 + the signal's number for an interruption."""
     arguments = parse(argv)
     try:
-        VERBS[arguments.verb].run(arguments)
+        return VERBS[arguments.verb].run(arguments) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -255,7 +255,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hybrid-lm {arguments.verb}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def parse(argv: Sequence[str] | None) -> Arguments:

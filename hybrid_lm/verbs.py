@@ -5,6 +5,7 @@ Everything is imported where it is used: `--help` needs no torch.
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace as Arguments
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def prepare(a: Arguments) -> None:
     say(f"{a.out}: vocabulary of {store.vocab_size:,}, fingerprint {store.fingerprint[:16]}")
 
 
-def train(a: Arguments) -> None:
+def train(a: Arguments) -> int:
     from hybrid_lm.config.load import load_config
     from hybrid_lm.train.loop import train
     from hybrid_lm.train.run import is_run
@@ -48,11 +49,17 @@ def train(a: Arguments) -> None:
         config, out = load_config(Path(a.config) / "config.yaml", a.overrides), Path(a.config)
     else:
         config, out = load_config(a.config, a.overrides), Path(a.out or default_run(a.config))
+    if a.resume and a.out and out != Path(a.out):
+        raise ValueError(
+            f"--out {a.out}: {a.config} is a run and goes on where it is; take --out or --resume out"
+        )
     result = train(config, out, resume=a.resume, overwrite=a.overwrite)
     for key, value in sorted(result.metrics.items()):
         if key.startswith(("accuracy/", "bits_per_byte", "nll")):
             say(f"{key}: {value:.4f}")
     say(f"{result.run_dir}: {result.step} steps ({result.stopped})")
+    # What comes after `&&` is meant for a run that is complete.
+    return 128 + signal.Signals[result.stopped] if result.stopped.startswith("SIG") else 0
 
 
 def default_run(config: str) -> str:
@@ -127,7 +134,12 @@ def generate(a: Arguments) -> None:
 
     run = load_run(a.run, step=a.step, device=pick_device(a.device))
     if run.tokenizer is None:
-        raise ValueError(f"{a.run} was trained on a probe, which has no text; generate needs a run on text")
+        why = (
+            "was trained on a probe, which has no text"
+            if run.config.data.kind == "probe"
+            else "has lost its tokenizer"
+        )
+        raise ValueError(f"{a.run} {why}; generate needs a run on text, with its folder `tokenizer`")
     tokenizer, prompts = run.tokenizer, a.prompt or [""]
     for prompt in prompts:
         try:
@@ -136,12 +148,13 @@ def generate(a: Arguments) -> None:
             # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
             raise ValueError(f"--prompt {prompt!r}: not UTF-8 text") from None
 
+    waiting = [prompts[0]]
+
     def show(row: int, token: int, text: str | None) -> None:
         if len(prompts) == 1:
-            print(text or "", end="", flush=True)
+            # The prompt is printed once everything has been checked.
+            print((waiting.pop() if waiting else "") + (text or ""), end="", flush=True)
 
-    if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
     done = generate(
         run.model,
         [[tokenizer.eot_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts],
@@ -162,10 +175,10 @@ def generate(a: Arguments) -> None:
 
 
 def check(a: Arguments) -> None:
-    from hybrid_lm.config.load import load_config
     from hybrid_lm.laws import LAWS, compiled_is_eager, subject
+    from hybrid_lm.show import configuration
 
-    config = load_config(a.config, a.overrides).model
+    config = configuration(a.config, a.overrides).model
     how = {} if a.tokens is None else {"tokens": a.tokens}
     judged = subject(config, whole=a.whole, **how)
     say(f"{a.config}: {judged.config.pattern} at width {config.d_model}, {judged.tokens} tokens, float64")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -223,3 +225,43 @@ def test_a_read_only_disk_is_one_message(folder, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert "Read-only file system" in err
     assert "Traceback" not in err
+
+
+def test_only_one_process_trains_a_run(run, capsys):
+    from hybrid_lm.train.run import locked
+
+    with locked(run):
+        assert main(["train", "run", "--resume", "train.steps=9"]) == 2
+    assert "another process is training this run" in capsys.readouterr().err
+    assert main(["train", "run", "--resume", "train.steps=3"]) == 0
+
+
+def test_a_run_that_came_to_nothing_is_no_success(folder, capsys):
+    assert (
+        main(["train", "tiny.yaml", "train.optimizer.lr=1e18", "train.steps=4", "train.clip_norm=null"]) == 2
+    )
+    assert "no finite number" in capsys.readouterr().err
+
+
+def test_a_model_beyond_the_memory_is_refused(folder, capsys):
+    assert main(["train", "tiny.yaml", "model.d_model=800000", "--out", "big"]) == 2
+    assert "GB of memory" in capsys.readouterr().err
+    assert not (folder / "big").exists()
+
+
+def test_an_interrupted_run_is_no_success(folder):
+    words = ["train", "tiny.yaml", "train.steps=100000"]
+    code = f"import sys; from hybrid_lm.cli import main; sys.exit(main({words!r}))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    while not (folder / "runs" / "tiny" / "metrics.jsonl").exists():
+        time.sleep(0.1)
+        assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
+
+
+def test_resume_stays_where_the_run_is(run, capsys):
+    assert main(["train", "run", "--resume", "--out", "elsewhere"]) == 2
+    assert "goes on where it is" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,11 +112,16 @@ def train(
         path = path.resolve()
     if resume and overwrite:
         raise ValueError("resume goes on with a run and overwrite replaces it: say one of them")
-    if resume:
-        setup = runs.resume(config, path, console=console)
-    else:
-        setup = runs.start(config, path, overwrite=overwrite, console=console)
-    with own_randomness(setup.device), Signals() as signals:
+    with ExitStack() as held:
+        if resume and runs.is_run(path):
+            held.enter_context(runs.locked(path))
+        if resume:
+            setup = runs.resume(config, path, console=console)
+        else:
+            setup = runs.start(config, path, overwrite=overwrite, console=console)
+            held.enter_context(runs.locked(path))
+        held.enter_context(own_randomness(setup.device))
+        signals = held.enter_context(Signals())
         optimizer = optim.make_optimizer(setup.model, setup.config.train.optimizer)
         counters = restore(setup, optimizer)
         log = open_log(setup.config, setup.path, setup.run_id, console, counters.step)
@@ -163,6 +169,8 @@ def fit(
         stopped = stopped or signals.name or ("done" if last else "")
         if stopped or (c.save_every_steps and step % c.save_every_steps == 0):
             save(setup, optimizer, counters, log, last=bool(stopped))
+    if stopped == "done":
+        check_result(metrics, setup.path)
     if signals.name:
         text = (
             f"{signals.name}: saved at step {counters.step}; `hybrid-lm train --resume {setup.path}` goes on"
@@ -238,6 +246,16 @@ def check_finite(counters: Counters, log: Log, run_dir: Path) -> None:
         raise Diverged(
             f"step {counters.step}: the gradient was not finite {n} steps in a row; {kept}. Lower "
             "train.optimizer.lr, raise train.schedule.warmup_steps, or use train.precision: float32"
+        )
+
+
+def check_result(metrics: dict[str, Any], run_dir: Path) -> None:
+    """Raises Diverged if the last validation found no number."""
+    wrong = [key for key, value in metrics.items() if key.startswith(("nll", "bits")) and value != value]
+    if wrong or not any(key.startswith(("nll", "bits")) for key in metrics):
+        raise Diverged(
+            f"{run_dir}: trained to the end, but the held-out {wrong[0] if wrong else 'loss'} is no finite "
+            "number; lower train.optimizer.lr or raise train.schedule.warmup_steps"
         )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
 import platform
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,8 @@ def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
         raise CheckpointError(f"{run_dir}: no run to resume; without resume a new one begins there")
     device = check_settings(config)
     dry_run(config)
-    refuse_other_text(config, load_config(run_dir / "config.yaml"), run_dir)
+    stored = load_config(run_dir / "config.yaml")
+    refuse_other_text(config, stored, run_dir)
     setup = assemble(config, run_dir, open_source(config, run_dir, prepared=True), device)
     facts = read_manifest(run_dir)
     refuse_other_run(run_dir, facts["identity"], setup.identity)
@@ -107,7 +110,15 @@ def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
     )
     tell(console, setup.source.describe())
     tell(console, describe(setup))
-    tell(console, f"{run_dir}: going on at step {step}")
+    if step == config.train.steps:
+        tell(console, f"{run_dir}: complete at step {step}; a higher train.steps goes on with it")
+    else:
+        tell(console, f"{run_dir}: going on at step {step}")
+    if (stored.train.steps, stored.train.schedule) != (config.train.steps, config.train.schedule):
+        tell(
+            console,
+            "train.steps or train.schedule has changed: the learning rate follows the new curve",
+        )
     return setup
 
 
@@ -121,8 +132,39 @@ def assemble(config: RunConfig, run_dir: Path, source: Source, device: torch.dev
             f"{limit} (model.embedding.max_positions); raise it, shorten the sequences, or use positions "
             "without a limit"
         )
+    check_memory(config, device)
     model = build_model(config, seed=config.train.seed, device=device, backend=config.train.backend)
     return Setup(config, run_dir, source, model, device, identity(config, source), None, secrets.token_hex(4))
+
+
+def check_memory(config: RunConfig, device: torch.device) -> None:
+    """ValueError if weights, gradients and two moments alone are more than this machine's memory."""
+    if device.type != "cpu":
+        return
+    size = 16 * sum(parameter.numel() for parameter in build_model(config, weights=False).parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > there:
+        raise ValueError(
+            f"training this model takes {size / 1e9:,.1f} GB for weights, gradients and moments, and the "
+            f"machine has {there / 1e9:,.1f} GB of memory; lower model.d_model or the number of layers"
+        )
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps every other process from training in this folder; ValueError if one does."""
+    with disk(f"cannot open the run's folder {run_dir}"):
+        folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{run_dir}: another process is training this run; wait for it, or end it"
+            ) from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def identity(config: RunConfig, source: Source) -> dict[str, Any]:
@@ -217,7 +259,8 @@ def space(setup: Setup) -> int:
     size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in setup.model.parameters())
     c = setup.config.train
     n = 1 if c.save_every_steps is None else min(c.keep, c.steps // c.save_every_steps) + 1
-    return int(1.1 * size * n) + 1_000_000
+    # The metrics, and what else is written beside.
+    return int(1.1 * size * n) + 4_000_000
 
 
 def is_run(path: Path) -> bool:

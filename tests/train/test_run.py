@@ -172,7 +172,7 @@ def test_a_disk_without_room_or_permission_is_told_first(make_config, tmp_path, 
         train(make_config(), "/dev/null/run", console=quiet)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(DiskError, match=r"the run needs 1\.[0-9] MB and 0\.0 MB are free; make room"):
+    with pytest.raises(DiskError, match=r"the run needs 4\.[0-9] MB and 0\.0 MB are free; make room"):
         train(make_config(), tmp_path / "run", console=quiet)
     assert not list(tmp_path.glob("*run*"))
 
