@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sysconfig
@@ -16,7 +17,8 @@ from hybrid_lm.data.optional import need
 STDLIB = "stdlib"
 # Tests of the library are not in every installation, and site-packages is not the library.
 STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-PIECES, MIN_PIECE, MAX_PIECE = 20, 1_000, 100_000
+# So many that the held-out twentieth is some ten documents, which paired statistics can work with.
+PIECES, MIN_PIECE, MAX_PIECE = 200, 1_000, 100_000
 
 
 class Document(NamedTuple):
@@ -42,11 +44,12 @@ def documents(path: str | Path, skipped: Counter[str] | None = None) -> Iterator
     - a .jsonl file: the string field `text` of each line; a .parquet file: the string column `text`;
     - a folder: its files, recursively, sorted by path; .jsonl and .parquet as above, any other file is one
       document;
-    - any other file: UTF-8 text, cut at line ends into documents of a twentieth of the file, at least 1 kB
-      and at most 100 kB, so that a held-out part can be split off by document.
+    - any other file: UTF-8 text, cut at line ends into some 200 documents, so that a held-out part can be
+      split off by document: each at most a 200th of the file, but that may be 1 kB, and never over 100 kB,
+      unless a single line is longer. A file of less than 2 kB is cut into halves.
 
-    skipped: counts what is left out: hidden names, binary files in a folder, things that are no files, empty
-        documents.
+    skipped: counts what is left out: hidden names, files in a folder that are not UTF-8 text, things that are
+        no files, empty documents.
 
     Raises ValueError (with file and line, row or byte) for a path that does not exist, a binary file named
     directly, a line or row without `text`, and a corpus without any text; MissingPackage for Parquet without
@@ -65,6 +68,11 @@ def documents(path: str | Path, skipped: Counter[str] | None = None) -> Iterator
         raise ValueError(
             f"{path}: no text found (left out: {left_out}); give UTF-8 text, .jsonl, .parquet or a folder"
         )
+
+
+def is_cut(path: str | Path) -> bool:
+    """Whether `documents` cuts what is at `path` into pieces: a single file of text."""
+    return str(path) != STDLIB and Path(path).is_file() and Path(path).suffix not in _READERS
 
 
 def _read(path: str | Path, skipped: Counter[str]) -> Iterator[Document]:
@@ -110,19 +118,23 @@ def _folder(root: Path, files: list[Path], skipped: Counter[str]) -> Iterator[Do
         try:
             text = _decode(file.read_bytes(), file)
         except BinaryFile:
-            skipped["binary"] += 1
+            skipped["not UTF-8 text"] += 1
         else:
             yield Document(name, text)
 
 
 def _pieces(path: Path, name: str) -> Iterator[Document]:
-    size = min(max(path.stat().st_size // PIECES, MIN_PIECE), MAX_PIECE)
-    offset = 0
+    n_bytes = path.stat().st_size
+    # Half of a short file: one with two lines is two documents.
+    size = min(max(n_bytes // PIECES, MIN_PIECE), MAX_PIECE, n_bytes // 2)
+    offset, lines, length = 0, [], 0
     with path.open("rb") as file:
-        while lines := file.readlines(size):
-            piece = b"".join(lines)
-            yield Document(f"{name}@{offset}", _decode(piece, path, offset))
-            offset += len(piece)
+        for line in itertools.chain(file, [b""]):
+            if lines and (length + len(line) > size or not line):
+                yield Document(f"{name}@{offset}", _decode(b"".join(lines), path, offset))
+                offset, lines, length = offset + length, [], 0
+            lines.append(line)
+            length += len(line)
 
 
 def _jsonl(path: Path, name: str) -> Iterator[Document]:

@@ -19,15 +19,34 @@ def test_the_standard_library_without_its_tests():
 
 
 def test_a_text_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
-    text = "".join(f"line {i} äöü\r\n" for i in range(5000)) + "no newline at the end"
+    text = "".join(f"line {i} äöü\r\n" for i in range(20_000)) + "no newline at the end"
     file = tmp_path / "a.txt"
     file.write_bytes(text.encode())
     parts = list(documents(file))
     assert "".join(part.text for part in parts) == text
     assert all(part.text.endswith("\n") for part in parts[:-1])
-    # A twentieth of the file each, and the rest.
-    assert len(parts) in (20, 21)
-    assert [part.name for part in parts[:2]] == ["a.txt@0", f"a.txt@{len(parts[0].text.encode())}"]
+    # A 200th of the file each, less the line that did not fit: at most 19 of some 1,900 bytes.
+    assert 200 <= len(parts) <= 203
+    sizes = [len(part.text.encode()) for part in parts]
+    assert max(sizes) <= len(text.encode()) // 200
+    assert [part.name for part in parts[:2]] == ["a.txt@0", f"a.txt@{sizes[0]}"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sizes"),
+    [
+        ([300], [300]),
+        ([300, 10], [300, 10]),
+        ([10, 300], [10, 300]),
+        ([10] * 30, [150, 150]),
+        # A kilobyte each from two kilobytes on.
+        ([100] * 35, [1000, 1000, 1000, 500]),
+        ([250_000, 10, 10], [250_000, 20]),
+    ],
+)
+def test_short_files_and_long_lines(lines, sizes, tmp_path):
+    (tmp_path / "a.txt").write_text("".join("x" * (n - 1) + "\n" for n in lines))
+    assert [len(part.text) for part in documents(tmp_path / "a.txt")] == sizes
 
 
 def test_jsonl_and_parquet_give_the_same_documents(tmp_path):
@@ -71,7 +90,7 @@ def test_a_folder_is_sorted_and_what_is_left_out_is_counted(tmp_path):
         ("a/z.py", "Z"),
         ("b.md", "B"),
     ]
-    assert skipped == {"hidden": 2, "binary": 2, "empty": 1, "not a file": 1}
+    assert skipped == {"hidden": 2, "not UTF-8 text": 2, "empty": 1, "not a file": 1}
 
 
 @pytest.mark.parametrize(
@@ -124,5 +143,5 @@ def test_no_such_place(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder; the built-in corpus is called stdlib"):
         list(documents(tmp_path / "x"))
     (tmp_path / "only.bin").write_bytes(b"\0")
-    with pytest.raises(ValueError, match=r"no text found \(left out: 1 binary\)"):
+    with pytest.raises(ValueError, match=r"no text found \(left out: 1 not UTF-8 text\)"):
         list(documents(tmp_path))
