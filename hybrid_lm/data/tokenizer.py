@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,7 +148,8 @@ class BPETokenizer(BackendTokenizer):
 
 
 class HFTokenizer(BackendTokenizer):
-    """Any fast Hugging Face tokenizer: a local folder or a hub name. Remote code is never run.
+    """Any fast Hugging Face tokenizer: a local folder, or a hub name, sought in the local cache first. Remote
+    code is never run.
 
     Raises ValueError where there is no tokenizer, it has no fast form, or it has no end-of-sequence token.
     """
@@ -155,18 +157,13 @@ class HFTokenizer(BackendTokenizer):
     kind = "huggingface"
 
     def __init__(self, path: str | Path, name: str | None = None):
-        # A hub name has at most one slash; what looks like a path must not be sought on a network.
-        if not Path(path).exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
-            raise ValueError(f"tokenizer {path}: no such folder")
         transformers = need("transformers", f"the tokenizer {path}")
         self.name = name or (Path(path).resolve().name if Path(path).exists() else str(path))
         try:
-            hf = transformers.AutoTokenizer.from_pretrained(str(path), split_special_tokens=True)
+            hf = _pretrained(transformers, path)
         except (OSError, ValueError, KeyError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ValueError(
-                f"tokenizer {path}: not a local folder or hub name that loads: {reason}"
-            ) from error
+            raise ValueError(f"tokenizer {path}: {reason}") from error
         if not hf.is_fast:
             raise ValueError(
                 f"tokenizer {path}: it has no fast (tokenizer.json) form, which this toolkit needs"
@@ -185,6 +182,32 @@ class HFTokenizer(BackendTokenizer):
     def to_hf(self, max_length: int) -> Any:
         self._hf.model_max_length = max_length
         return self._hf
+
+
+def _pretrained(transformers: Any, path: str | Path) -> Any:
+    """The tokenizer of a folder or hub name. At most one attempt to reach the hub."""
+
+    def load(local_files_only: bool) -> Any:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(path), split_special_tokens=True, local_files_only=local_files_only
+        )
+
+    if Path(path).exists():
+        return load(local_files_only=True)
+    # A hub name has at most one slash, and nobody's folder before it.
+    owner, slash, rest = str(path).partition("/")
+    if owner in ("", ".", "..", "~") or "/" in rest or (slash and Path(owner).is_dir()):
+        raise ValueError("no such folder")
+    with suppress(OSError, ValueError, KeyError):
+        return load(local_files_only=True)
+    try:
+        # transformers would try each of its files for half a minute.
+        need("huggingface_hub", "a hub name").HfApi().model_info(str(path), timeout=10)
+    # What its HTTP client raises is of no common type.
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"no such folder, and not to be had from the Hugging Face hub: {reason}") from error
+    return load(local_files_only=False)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

@@ -96,6 +96,30 @@ def test_any_hf_tokenizer_survives_the_store(bpe, tmp_path):
     assert loaded.to_hf(max_length=77).model_max_length == 77
 
 
+def test_a_hub_that_cannot_be_reached_is_tried_once(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def unreachable(self, name, timeout):
+        asked.append(name)
+        raise ConnectionError("no route\nat all")
+
+    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
+    message = (
+        "^tokenizer nobody/nothing: no such folder, and not to be had from the Hugging Face hub: no route$"
+    )
+    with pytest.raises(ValueError, match=message):
+        HFTokenizer("nobody/nothing")
+    assert asked == ["nobody/nothing"]
+    # What can only be a folder is not sought on a network.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/tokenizer", "a/b/c", "../x", "~/x", tmp_path / "x"):
+        with pytest.raises(ValueError, match=r"no such folder$"):
+            HFTokenizer(path)
+    assert len(asked) == 1
+
+
 def test_a_tokenizer_without_an_end_token_is_refused(bpe, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
