@@ -22,13 +22,15 @@ import numpy as np
 from hybrid_lm.config.schema import TextData, TokenizerConfig
 from hybrid_lm.data.encode import encode_all, worker_count
 from hybrid_lm.data.store import FORMAT, SPLITS, StoreError, TokenStore, is_store
-from hybrid_lm.data.text import documents
+from hybrid_lm.data.text import documents, is_cut
 from hybrid_lm.data.tokenizer import Tokenizer, make_tokenizer
 from hybrid_lm.files import DiskError, disk, new_folder, sha256_of
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of text that are done and those that there are."""
 VAL_FRACTION = 0.05
+MIN_HELD_OUT = 100
+"""Bytes of held-out text below which its bits per byte say nothing."""
 
 
 def prepare(
@@ -50,9 +52,9 @@ def prepare(
         more than one need the `if __name__ == "__main__":` of multiprocessing.
     overwrite: replace an existing token store. Anything else at `out` is never replaced.
 
-    Raises ValueError for a bad corpus or one with less than two different documents, StoreError if `out` is
-    in use, DiskError if the disk is full or read-only. Whatever happens, `out` is a whole store or what it
-    was before.
+    Raises ValueError for a bad corpus, one with less than two different documents, and one of which less than
+    100 bytes would be held out, StoreError if `out` is in use, DiskError if the disk is full or read-only.
+    Whatever happens, `out` is a whole store or what it was before.
     """
     out = Path(out)
     if not 0.0 < val_fraction < 1.0:
@@ -69,6 +71,7 @@ def prepare(
         "n_documents": len(corpus.held_out),
         "n_bytes": corpus.n_bytes,
         "sha256": corpus.sha256,
+        "cut": is_cut(path),
         "skipped": corpus.skipped,
         "val_fraction": val_fraction,
         "tokenizer_config": config and config.model_dump(),
@@ -86,9 +89,14 @@ def open_or_prepare(
 
     A store already at `folder` is used if it holds the same text under the same tokenizer, and replaced if
     not.
+
+    Raises ValueError where `data` asks for another tokenizer than the one of the store `data.path`, and
+    whatever `prepare` and `TokenStore.open` raise.
     """
     if is_store(data.path):
-        return TokenStore.open(data.path)
+        store = TokenStore.open(data.path)
+        _check_tokenizer(store, data)
+        return store
     if is_store(folder):
         # A damaged store is one that does not hold the text: it is made again.
         with suppress(StoreError, KeyError):
@@ -96,6 +104,20 @@ def open_or_prepare(
             if _made_from(store, data):
                 return store
     return prepare(data.path, folder, data.tokenizer, workers=workers, overwrite=True, progress=progress)
+
+
+def _check_tokenizer(store: TokenStore, data: TextData) -> None:
+    """Raises ValueError if `data` asks for a tokenizer, the default apart, that is not the store's."""
+    asked, has = data.tokenizer, store.meta["tokenizer"]
+    made_by = (store.meta["corpus"].get("tokenizer_config") or {}).get("vocab_size")
+    same_size = asked.kind != "bpe" or made_by in (None, asked.vocab_size)
+    if asked == TokenizerConfig() or (asked.kind == has["kind"] and same_size):
+        return
+    wanted = f"bpe-{asked.vocab_size}" if asked.kind == "bpe" else f"{asked.kind} {asked.path or ''}".strip()
+    raise ValueError(
+        f"data.tokenizer asks for {wanted}, but data.path = {data.path} is a token store made with "
+        f"{has['name']}; leave data.tokenizer out, or prepare the text again with the other tokenizer"
+    )
 
 
 def _made_from(store: TokenStore, data: TextData) -> bool:
@@ -123,23 +145,29 @@ class Corpus:
 def survey(path: str | Path, val_fraction: float) -> Corpus:
     """Reads a corpus once and splits it by the hash of each document's text, whatever its name and place."""
     skipped: Counter[str] = Counter()
-    digests, n_bytes = [], 0
+    sizes: list[tuple[bytes, int]] = []
     for document in documents(path, skipped):
         data = document.text.encode("utf-8")
-        digests.append(hashlib.sha256(data).digest())
-        n_bytes += len(data)
-    different = sorted(set(digests))
+        sizes.append((hashlib.sha256(data).digest(), len(data)))
+    different = sorted({digest for digest, _ in sizes})
     if len(different) < 2:
         raise ValueError(
-            f"{path}: {len(digests)} document(s), {len(different)} different; "
-            "a train and a val split need at least 2 different ones"
+            f"{path}: {len(sizes)} document(s), {len(different)} different; a train and a val split need "
+            "at least 2 different ones: give more text, text with line breaks (where a file is cut), or a "
+            "folder of files"
         )
     n_val = min(max(1, math.floor(val_fraction * len(different) + 0.5)), len(different) - 1)
     val = set(different[:n_val])
+    n_bytes, n_held_out = sum(n for _, n in sizes), sum(n for digest, n in sizes if digest in val)
+    if n_held_out < MIN_HELD_OUT:
+        raise ValueError(
+            f"{path}: {n_held_out} of {n_bytes} bytes would be held out, too few to judge a model on; give "
+            "more text, or hold out more of it (hybrid-lm prepare --val-fraction)"
+        )
     return Corpus(
-        held_out=[digest in val for digest in digests],
+        held_out=[digest in val for digest, _ in sizes],
         n_bytes=n_bytes,
-        sha256=hashlib.sha256(b"".join(digests)).hexdigest(),
+        sha256=hashlib.sha256(b"".join(digest for digest, _ in sizes)).hexdigest(),
         skipped=dict(sorted(skipped.items())),
     )
 

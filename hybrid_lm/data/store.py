@@ -157,6 +157,20 @@ class TokenStore:
         return self.meta["tokenizer"]["vocab_size"]
 
     @property
+    def notes(self) -> list[str]:
+        """What people should know of how the text became documents, one sentence each; often none."""
+        corpus, said = self.meta["corpus"], []
+        if corpus.get("cut"):
+            said.append(
+                f"{corpus['source']} is one file: it was cut at line ends into {corpus['n_documents']:,} "
+                "documents, of which some are held out"
+            )
+        if corpus["skipped"]:
+            counts = ", ".join(f"{n:,} {reason}" for reason, n in corpus["skipped"].items())
+            said.append(f"left out of {corpus['source']}: {counts}")
+        return said
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the digests of all files: equal for equal tokens, splits and tokenizer files."""
         digests = {name: record["sha256"] for name, record in self.meta["files"].items()}

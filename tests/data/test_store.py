@@ -24,7 +24,7 @@ def corpus(tmp_path):
     """Forty documents and one of them again; one spells the separator, one is longer than a page."""
     folder = tmp_path / "corpus"
     folder.mkdir()
-    texts = [f"document {i}: é {'x' * i}\n" for i in range(38)] + ["<|endoftext|>", "long " * 2000]
+    texts = [f"document {i}: é {'x' * (100 + i)}\n" for i in range(38)] + ["<|endoftext|>", "long " * 2000]
     for i, text in enumerate([*texts, texts[7]]):
         (folder / f"{i:02d}.txt").write_text(text, encoding="utf-8")
     return folder
@@ -131,10 +131,62 @@ def test_progress_counts_every_byte(corpus, tmp_path, monkeypatch):
 
 def test_too_few_documents(tmp_path):
     (tmp_path / "a.txt").write_text("short\n")
-    message = r"a.txt: 1 document\(s\), 1 different; a train and a val split need at least 2 different ones"
+    message = (
+        r"a.txt: 1 document\(s\), 1 different; a train and a val split need at least 2 different ones: give "
+    )
+    message += r"more text, text with line breaks \(where a file is cut\), or a folder of files$"
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path / "a.txt", tmp_path / "store", BYTES)
     assert not (tmp_path / "store").exists()
+
+
+def test_too_little_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("first line\nsecond line\n")
+    message = (
+        r"a.txt: 1[12] of 23 bytes would be held out, too few to judge a model on; give more text, or hold"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "a.txt", tmp_path / "store", BYTES)
+    # Whichever of the two is held out is long enough.
+    (tmp_path / "a.txt").write_text("a" * 99 + "\n" + "b" * 199 + "\n")
+    store = prepare(tmp_path / "a.txt", tmp_path / "store", BYTES)
+    assert [store.split(name).n_documents for name in ("train", "val")] == [1, 1]
+
+
+def test_notes_say_what_became_of_the_text(corpus, tmp_path):
+    assert prepare(corpus, tmp_path / "clean", BYTES).notes == []
+    (corpus / ".hidden").write_text("h")
+    (corpus / "a.bin").write_bytes(b"\0")
+    (corpus / "b.latin1").write_bytes(b"\xe4")
+    assert prepare(corpus, tmp_path / "folder", BYTES).notes == [
+        "left out of corpus: 1 hidden, 2 not UTF-8 text"
+    ]
+    (tmp_path / "a.txt").write_text("".join(f"{i} some line of text\n" for i in range(20_000)))
+    store = prepare(tmp_path / "a.txt", tmp_path / "file", BYTES)
+    (note,) = store.notes
+    assert re.fullmatch(r"a.txt is one file: it was cut at line ends into 2\d\d documents, of which .*", note)
+    # A twentieth: enough documents for statistics over them.
+    assert store.split("val").n_documents == 10
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "wanted", "has"),
+    [
+        ({"kind": "bytes"}, {"kind": "bpe", "vocab_size": 270}, "bpe-270", "bytes"),
+        ({"kind": "bytes"}, {"kind": "huggingface", "path": "some/name"}, "huggingface some/name", "bytes"),
+        ({"kind": "bpe", "vocab_size": 270}, {"kind": "bpe", "vocab_size": 290}, "bpe-290", "bpe-270"),
+    ],
+)
+def test_a_store_of_another_tokenizer_is_refused(made, asked, wanted, has, corpus, tmp_path):
+    path = str(prepare(corpus, tmp_path / "store", TokenizerConfig(**made)).folder)
+    message = re.escape(
+        f"data.tokenizer asks for {wanted}, but data.path = {path} is a token store made with {has};"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_or_prepare(TextData(path=path, tokenizer=TokenizerConfig(**asked)), tmp_path / "unused")
+    # A run's own configuration writes the default out, and a store has its own tokenizer.
+    for fine in (TokenizerConfig(), TokenizerConfig(**made)):
+        assert open_or_prepare(TextData(path=path, tokenizer=fine), tmp_path / "unused").tokenizer.name == has
 
 
 def test_nothing_is_overwritten_without_being_asked(corpus, tmp_path):
