@@ -90,6 +90,7 @@ def test_progress_fits_80_columns_and_leaves_a_line_at_every_tenth():
     sink = ConsoleSink(console, steps=2_000_000, step=0)
     for step in range(50_000, 2_000_001, 50_000):
         sink.write({"kind": "train", "step": step, "loss": 11.2345, "lr": 3e-4, "tokens_per_s": 1_234_567.0})
+    assert sink.progress is not None
     shown = console.render_lines(sink.progress.get_renderable())
     sink.close()
     (line,) = ("".join(part.text for part in line) for line in shown)
