@@ -178,8 +178,8 @@ from __future__ import annotations
 
 '''
 
-OPERATORS = """# Operators are known to the whole process by name: each copy of this file has a namespace.
-OPERATORS = "hybrid_lm_" + re.sub(r"\\W", "_", __name__)
+OPERATORS = """# Operators have ASCII names that the whole process knows: each copy of this file has a namespace.
+OPERATORS = "hybrid_lm_" + re.sub(r"\\W", "_", ascii(__name__))
 
 """
 
