@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 import hybrid_lm
 from hybrid_lm.config.dump import architecture_hash
 from hybrid_lm.config.schema import ModelConfig
-from hybrid_lm.files import DiskError, disk, new_folder, replace_text
+from hybrid_lm.data.optional import need
+from hybrid_lm.files import new_folder, replace_text
 from hybrid_lm.hf.bundle import CONFIGURATION, MODELING, bundle
 from hybrid_lm.hf.card import model_card
-from hybrid_lm.hf.verify import verify
+from hybrid_lm.hf.verify import disk_and_rust, verify
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.ops import select
@@ -58,8 +58,10 @@ def to_hf(
             learned positions allow, or nothing.
 
     Raises:
-        ValueError: if the tokenizer has more entries than the model.
+        ValueError: if the tokenizer has more entries than the model, and without transformers
+            (MissingPackage).
     """
+    need("transformers", "the Hugging Face form of a model")
     from hybrid_lm.hf.wrapper import HybridLMConfig, HybridLMForCausalLM
 
     vocab_size = model.config.vocab_size or 0
@@ -86,8 +88,10 @@ def from_hf(path_or_model: Any, *, dtype: str | torch.dtype = "auto") -> HybridL
         dtype: of the weights read from a folder; `auto`: as they were written.
 
     Raises:
-        ValueError: for a folder that does not load and for other architectures, with those that are read.
+        ValueError: for a folder that does not load and for other architectures, with those that are read;
+            without transformers (MissingPackage).
     """
+    need("transformers", "reading a Hugging Face model")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hybrid_lm.hf.wrapper import HybridLMForCausalLM
@@ -153,7 +157,8 @@ def export(
         max_shard_size: largest file of weights.
 
     Raises:
-        ValueError: if `out` is taken, cannot be written, or if what was written is not the model.
+        ValueError: if `out` is taken, cannot be written (DiskError), or if what was written is not the model;
+            without transformers (MissingPackage).
     """
     model = run_or_model if isinstance(run_or_model, HybridLM) else run_or_model.model
     tokenizer = tokenizer or getattr(run_or_model, "tokenizer", None)
@@ -169,8 +174,8 @@ def export(
     }
     cannot = f"cannot write {out}"
     with new_folder(out, cannot) as folder:
-        with no_progress(), disk(cannot):
-            write(wrapped, folder, max_shard_size)
+        with no_progress(), disk_and_rust(cannot):
+            wrapped.save_pretrained(folder, max_shard_size=max_shard_size)
             for name, text in files.items():
                 (folder / name).write_text(text, encoding="utf-8")
             if tokenizer is not None:
@@ -189,14 +194,6 @@ def export(
         }
         replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
     return out
-
-
-def write(wrapped: HybridLMForCausalLM, folder: Path, max_shard_size: str) -> None:
-    """The weights and the configuration. DiskError for a disk that is full."""
-    try:
-        wrapped.save_pretrained(folder, max_shard_size=max_shard_size)
-    except SafetensorError as error:
-        raise DiskError(f"cannot write {folder}: {error}") from error
 
 
 def as_exported(model: HybridLM, dtype: torch.dtype | None) -> HybridLM:

@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from hybrid_lm.files import DiskError, disk
 from hybrid_lm.model.lm import HybridLM
 
 SLACK = 2**10
@@ -96,12 +100,28 @@ def verify(folder: Path, model: HybridLM) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def disk_and_rust(what: str) -> Iterator[None]:
+    """`files.disk` for the Rust libraries as well: what they say of a full disk is no OSError.
+
+    safetensors raises SafetensorError; tokenizers raises a plain Exception, as nothing else does.
+    """
+    try:
+        with disk(what):
+            yield
+    except Exception as error:
+        if type(error) not in (SafetensorError, Exception):
+            raise
+        raise DiskError(f"{what}: {error}") from error
+
+
 def run_child(folder: Path, tokens: Tensor, dtype: torch.dtype, prompt: int, new: int) -> dict[str, Tensor]:
     """Logits (b t v) of `tokens`, and the continued prompts (b prompt+new), as the export computes them."""
     from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory() as work:
-        save_file({"tokens": tokens}, f"{work}/in.safetensors")
+        with disk_and_rust(f"cannot write {work} to check the export"):
+            save_file({"tokens": tokens}, f"{work}/in.safetensors")
         order = {
             "folder": str(folder.resolve()),
             "work": work,

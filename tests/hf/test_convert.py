@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from hf_models import HYBRID, PARALLEL, RECURRENT, WHOLE, ZAMBA, bound, build, examples
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
+import hybrid_lm
 from hybrid_lm.config.dump import architecture_hash
-from hybrid_lm.data.tokenizer import ByteTokenizer
+from hybrid_lm.data.tokenizer import ByteTokenizer, train_bpe
 from hybrid_lm.files import DiskError
 from hybrid_lm.hf import convert, verify
 from hybrid_lm.hf.bundle import bundle
 from hybrid_lm.hf.convert import export, from_hf, to_hf
-from hybrid_lm.hf.wrapper import HybridLMForCausalLM
 from hybrid_lm.registry import table
 
 ALL = {**examples(), **WHOLE}
@@ -66,7 +69,8 @@ def test_remote_code_runs_without_us(tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
     monkeypatch.setattr(convert, "verify", lambda folder, model: {})
-    models = {"hybrid": build(HYBRID), "zamba": build(ZAMBA), "parallel": build(PARALLEL)}
+    # Folders name modules, and modules operators, which torch wants to be ASCII.
+    models = {"hybrid": build(HYBRID), "ëxport": build(ZAMBA), "äxport": build(PARALLEL)}
     for name, model in models.items():
         export(model, tmp_path / name)
     x = torch.randint(61, (2, 20))
@@ -149,14 +153,80 @@ def test_export_overwrites_only_when_asked_and_leaves_nothing_when_it_fails(tmp_
     assert not (out / "note.txt").exists()
 
 
-def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise SafetensorError("No space left on device (os error 28)")
+@contextmanager
+def files_of_at_most(n_bytes):
+    """The kernel refuses to let a file grow past the limit, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
+
+# The first that does not fit: the configuration, the weights.
+@pytest.mark.parametrize("limit", [1_000, 15_000])
+def test_a_full_disk_is_one_message(limit, tmp_path):
     model = build(RECURRENT)
-    monkeypatch.setattr(HybridLMForCausalLM, "save_pretrained", full)
-    with pytest.raises(DiskError, match=r"cannot write .*: No space left on device"):
+    with (
+        files_of_at_most(limit),
+        pytest.raises(DiskError, match=rf"^cannot write {tmp_path}/model: .*File too large"),
+    ):
         export(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_too_full_for_a_tokenizer_or_for_the_check_is_one_too(tmp_path):
+    tokenizer = train_bpe(["some words"], 300)
+    for call in (
+        lambda: tokenizer.to_hf(100).save_pretrained(tmp_path),
+        lambda: verify.run_child(tmp_path, torch.zeros(100, 100), torch.float32, 1, 1),
+    ):
+        with (
+            files_of_at_most(1_000),
+            pytest.raises(DiskError, match=r"^cannot write .*File too large"),
+            verify.disk_and_rust("cannot write it"),
+        ):
+            call()
+    with pytest.raises(ZeroDivisionError), verify.disk_and_rust("cannot write it"):
+        raise ZeroDivisionError
+
+
+WITHOUT = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transformers":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from hybrid_lm import build_model, from_hf, to_hf
+from hybrid_lm.config.schema import ModelConfig
+from hybrid_lm.hf.convert import export
+layers = {"f": {"type": "mlp", "d_ff": 8}}
+model = build_model(ModelConfig(d_model=8, vocab_size=8, pattern="f", layers=layers))
+for call in (lambda: to_hf(model), lambda: from_hf("x"), lambda: export(model, "out")):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_without_transformers_it_says_how_to_get_it(tmp_path):
+    root = str(Path(hybrid_lm.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(line.endswith("the package transformers: pip install 'hybrid_lm[hf]'") for line in lines)
     assert not list(tmp_path.iterdir())
 
 
