@@ -56,9 +56,7 @@ def test_a_failure_ends_the_others_and_says_why(folder):
         job(folder, "bad", ["train", "tiny.yaml", "train.stepz=3", "--out", "bad"]),
         job(folder, "long", ["train", "tiny.yaml", "train.steps=100000", "--out", "long"]),
     ]
-    with pytest.raises(
-        ValueError, match=r"bad: hybrid-lm train(.|\n)*train.stepz=3(.|\n)*unknown key"
-    ):
+    with pytest.raises(ValueError, match=r"bad: hybrid-lm train(.|\n)*train.stepz=3(.|\n)*unknown key"):
         run_jobs(jobs, console=Console(file=io.StringIO()), workers=2)
     assert jobs[1].process is not None
     assert jobs[1].process.poll() is not None, "nothing goes on behind one's back"
