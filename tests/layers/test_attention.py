@@ -133,7 +133,7 @@ def test_impossible_sizes_are_named(options, key):
     [{"rope_type": "lama3"}, {"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "beta_fst": 1.0}],
 )
 def test_a_wrong_key_or_rule_of_scaling_is_refused(scaling):
-    with pytest.raises(ValueError, match="rope_type|beta_fst"):
+    with pytest.raises(ValueError, match=r"rope_type|beta_fst"):
         Attention.Options.model_validate({"rope": {"scaling": scaling}})
 
 
