@@ -178,7 +178,7 @@ from __future__ import annotations
 
 '''
 
-OPERATORS = """# Operators have ASCII names that the whole process knows: each copy of this file has its own.
+OPERATORS = """# Operators have ASCII names, known to the whole process: this copy has a namespace of its own.
 OPERATORS = "hybrid_lm_" + re.sub(r"\\W", "_", ascii(__name__))
 
 """
