@@ -20,6 +20,9 @@ import numpy as np
 from hybrid_lm.files import finite
 
 RESAMPLES = 10_000
+MIN_PAIRS = 6
+"""Fewer cannot show anything: five that all agree have a two-sided p of 2 / 2^5, which is not below 0.05."""
+TOO_FEW = "too few to tell"
 TEXT = "held-out text"
 """The task of bits per byte."""
 DRAWS = 1 << 22
@@ -61,10 +64,11 @@ class Row:
     difference: float
     """other - baseline, in the metric's unit."""
     low: float | None
-    """95 % interval of the difference by paired bootstrap; None with fewer than two documents."""
+    """95 % interval of the difference by paired bootstrap; None below six documents."""
     high: float | None
     p: float | None
-    """Two-sided: exact McNemar where each question is right or wrong, else random swaps of the two runs."""
+    """Two-sided: exact McNemar where each question is right or wrong, else random swaps of the two runs;
+    None below six documents."""
     p_holm: float | None
     """p corrected for the number of rows by Holm 1979."""
     n: int
@@ -222,12 +226,12 @@ def _row(
     a, b = _paired(key[0], name_a, a, name_b, b)
     difference, n = b.values - a.values, len(a.values)
     low = high = p = None
-    test = "one document: no test"
-    if a.binary and b.binary:
-        p, test = mcnemar(int((difference < 0).sum()), int((difference > 0).sum())), "McNemar"
-    elif n > 1:
-        p, test = swap_test(difference, resamples=resamples, seed=seed), "label swaps"
-    if n > 1:
+    test = TOO_FEW
+    if n >= MIN_PAIRS:
+        if a.binary and b.binary:
+            p, test = mcnemar(int((difference < 0).sum()), int((difference > 0).sum())), "McNemar"
+        else:
+            p, test = swap_test(difference, resamples=resamples, seed=seed), "label swaps"
         low, high = (a.factor * x for x in bootstrap(difference, a.weights, resamples=resamples, seed=seed))
     delta = b.score - a.score
     better = name_b if (delta < 0) == a.lower_is_better else name_a

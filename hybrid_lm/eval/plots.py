@@ -72,7 +72,9 @@ def train_loss(runs: Sequence[Summary]) -> str | None:
             points = [(r["step"], r["loss"]) for r in run.train if r.get("loss") is not None]
             if points:
                 steps, loss = np.array(points).T
-                ax.plot(steps, smooth(loss, len(loss) // 40), label=run.name, **style(i))
+                # A line of one point is not seen.
+                look = style(i, marker=len(points) == 1)
+                ax.plot(steps, smooth(loss, len(loss) // 40), label=run.name, **look)
         label(ax, "Training loss", "optimizer steps", "nats per token")
 
     return draw(plot) if any(run.train for run in runs) else None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hybrid_lm.eval import compare, plots
 from hybrid_lm.eval.summary import Folders, Summary, read_runs, recall_axis, recall_points
-from hybrid_lm.eval.table import is_number, layers_table, number, results_table
+from hybrid_lm.eval.table import is_number, layers_table, notes, number, results_table
 from hybrid_lm.files import replace_text
 
 CSS = """
@@ -26,6 +26,7 @@ figure { margin: 0; } img { width: 100%; height: auto; } figcaption { font-size:
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; } th { border-bottom: 2px solid #888; }
+.wrap th, .wrap td:not(.number) { white-space: normal; }
 pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: .85rem; white-space: pre-wrap;
   overflow-wrap: anywhere; } pre b { color: #0b5394; } summary { cursor: pointer; padding: .2rem 0; }
 @media print { body { max-width: none; font-size: 11pt; } figure, tr, li { break-inside: avoid; }
@@ -58,7 +59,7 @@ def render(runs: Sequence[Summary], title: str) -> str:
     rows, refusals = comparisons(runs)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        section("In short", bullets([*findings(runs), *verdicts(runs, rows), *refusals])),
+        section("In short", bullets([*findings(runs), *verdicts(runs, rows), *refusals, *notes(runs)])),
         section("Results", table(*results_table(runs)) + note(RESULTS_NOTE)),
         section("Figures", figures(runs)),
         section("Paired comparisons", compared(rows)),
@@ -79,7 +80,7 @@ RESULTS_NOTE = (
 COMPARED_NOTE = (
     "Each row is about two trained models (of a probe: its first seed) on the same documents or sequences, "
     "not about architectures: another seed of the same pattern may do better or worse. p (Holm) is "
-    "corrected for the number of rows."
+    "corrected for the number of rows, the intervals are not."
 )
 
 
@@ -136,7 +137,10 @@ def recall_models(runs: Sequence[Summary]) -> str:
 
 def compared(rows: Sequence[compare.Row]) -> str:
     """The table of comparisons, nothing if there are none."""
-    return table(compare.HEADER, [compare.cells(row) for row in rows]) + note(COMPARED_NOTE) if rows else ""
+    if not rows:
+        return ""
+    # Of eleven columns the last is the one that matters: it must not be beyond the edge.
+    return table(compare.HEADER, [compare.cells(row) for row in rows], wrap=True) + note(COMPARED_NOTE)
 
 
 def _accuracy(item: tuple[plots.Point, str]) -> float:
@@ -148,7 +152,7 @@ def verdicts(runs: Sequence[Summary], rows: Sequence[compare.Row]) -> Iterator[s
     by_name = {run.name: run for run in runs}
     shown = headlines(runs)
     for row in rows:
-        if row.p is None or row.task not in shown:
+        if row.task not in shown:
             continue
         for hybrid, other in ((row.baseline, row.other), (row.other, row.baseline)):
             if len(by_name[hybrid].mixers) > 1 and len(by_name[other].mixers) == 1:
@@ -165,6 +169,11 @@ def headlines(runs: Sequence[Summary]) -> set[str]:
 
 def verdict(row: compare.Row, hybrid: str, other: str) -> str:
     """One sentence about one row."""
+    if row.p is None:
+        return (
+            f"{hybrid}, a hybrid, against {other} in {row.task}, {row.metric}: {row.n} documents, "
+            "questions or sequences are too few to tell."
+        )
     what = (
         "better than"
         if row.better == hybrid
@@ -235,8 +244,8 @@ def note(text: str) -> str:
     return f"<p><small>{html.escape(text)}</small></p>"
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls sideways on a narrow screen."""
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], *, wrap: bool = False) -> str:
+    """A table that scrolls sideways on a narrow screen; `wrap`: its words may take several lines."""
 
     def cell(text: str) -> str:
         kind = ' class="number"' if is_number(text) else ""
@@ -244,7 +253,8 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
     top = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(map(cell, line))}</tr>\n" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+    kind = "scroll wrap" if wrap else "scroll"
+    return f'<div class="{kind}"><table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
 
 
 def layers(run: Summary) -> str:

@@ -13,6 +13,8 @@ from hybrid_lm.eval.summary import Summary, recall_axis, recall_points
 NONE = "-"
 OWN = "hybrid_lm_"
 """Of our own tasks' names, left out where there is little room."""
+FEW = 10
+"""Questions below which a task's score is a matter of luck."""
 
 
 def results_table(runs: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
@@ -32,9 +34,9 @@ def results_table(runs: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
         columns.append((f"recall, {axis} {hardest:g}", [_recall(run, axis, hardest) for run in runs]))
     firsts = {task: metric for run in runs for (task, metric), _ in reversed([*harness_scores(run.harness)])}
     for task, metric in sorted(firsts.items()):
-        scores = [dict(harness_scores(run.harness)).get((task, metric)) for run in runs]
+        scores = [_score(run, task, metric) for run in runs]
         name = f"{task.removeprefix(OWN)} {metric.replace('_', ' ')}"
-        columns.append((name, [NONE if x is None else f"{x:.4f}" for x in scores]))
+        columns.append((name, scores))
     columns += [
         ("train tokens/s", [number(run.tokens_per_s) for run in runs]),
         ("state", [state(run.model) for run in runs]),
@@ -80,6 +82,24 @@ def harness_scores(harness: Mapping[str, Any] | None) -> Iterator[tuple[tuple[st
                 yield (task, metric if filtered == "none" else f"{metric} ({filtered})"), float(value)
 
 
+def n_questions(harness: Mapping[str, Any] | None, task: str) -> int | None:
+    """Questions or documents of a task that lm-eval asked; None where they were not kept."""
+    samples = ((harness or {}).get("samples") or {}).get(task)
+    # Each filter of a task has its own record of a question.
+    return None if samples is None else len({sample["hash"] for sample in samples})
+
+
+def notes(runs: Sequence[Summary]) -> list[str]:
+    """What to know before one reads much into the table: tasks of a few questions."""
+    told = []
+    for run in runs:
+        for task in (run.harness or {}).get("samples") or {}:
+            n = n_questions(run.harness, task)
+            if n is not None and n < FEW:
+                told.append(f"{run.name}: {task} has {n} question{'s' * (n != 1)}: its score is mostly luck.")
+    return told
+
+
 def print_table(console: Console, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """A table on the terminal; words to the left, numbers to the right."""
     table = Table(title=title, title_justify="left")
@@ -119,6 +139,12 @@ def size(n: float | None) -> str:
 def _model(run: Summary, key: str) -> Any:
     found = None if run.model is None else run.model.get(key)
     return NONE if found is None and key == "pattern" else found
+
+
+def _score(run: Summary, task: str, metric: str) -> str:
+    """A score of lm-eval and of how many questions it is: `0.3750 (n 8)`."""
+    score, n = dict(harness_scores(run.harness)).get((task, metric)), n_questions(run.harness, task)
+    return NONE if score is None else f"{score:.4f}" + (f" (n {n})" if n else "")
 
 
 def _recall(run: Summary, axis: str, x: float) -> str:

@@ -15,7 +15,7 @@ from hybrid_lm.eval.published import published
 from hybrid_lm.eval.report import report
 from hybrid_lm.eval.results import read_results, read_rows, write_results
 from hybrid_lm.eval.summary import read_runs, recall_axis, recall_points
-from hybrid_lm.eval.table import number, print_table, results_table, size
+from hybrid_lm.eval.table import notes, number, print_table, results_table, size
 from tests.eval.runs import probe_run, siblings, text_run
 
 
@@ -94,6 +94,50 @@ def test_a_pair_that_cannot_be_compared_is_named(tmp_path):
     b = text_run(tmp_path / "b", "mamba", 2.0, prefix="other")
     said = " ".join(Page(report([a, b], tmp_path / "r.html").read_text()).said)
     assert "Not compared: held-out text: a and b were not tested on the same data" in said
+
+
+def shorten(run, n):
+    """Leaves n documents of a run's results."""
+    text = read_results(run)["text"]
+    write_results(run, text={**text, "documents": text["documents"][:n]})
+    return run
+
+
+def test_three_documents_tell_nothing(tmp_path):
+    runs = [
+        shorten(text_run(tmp_path / name, name, bits), 3) for name, bits in (("hybrid", 2.0), ("mamba", 3.0))
+    ]
+    said = " ".join(Page(report(runs, tmp_path / "r.html").read_text()).said)
+    told = (
+        "hybrid, a hybrid, against mamba in held-out text, bits per byte: 3 documents, questions or sequences"
+    )
+    assert f"{told} are too few to tell." in said
+    assert "interval" not in said.partition("Results")[0]
+
+
+def test_a_run_of_one_record_is_seen(tmp_path):
+    run = text_run(tmp_path / "hybrid", "hybrid", 2.0)
+    marker = re.compile(r"<use [^>]*fill: " + plots.COLORS[0], re.IGNORECASE)
+    # A curve needs none; of one point there is nothing else to see, in the axes and in the legend.
+    assert len(marker.findall(plots.train_loss(read_runs([run])) or "")) == 0
+    (record, *_) = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(record + "\n")
+    assert len(marker.findall(plots.train_loss(read_runs([run])) or "")) == 2
+
+
+def test_a_score_says_of_how_many_questions_it_is(tmp_path):
+    run = text_run(tmp_path / "hybrid", "hybrid", 2.0)
+    samples = [{"hash": f"q{i // 2}", "metrics": {"acc": i % 2}} for i in range(16)]  # two filters of each
+    scores = {"hybrid_lm_names": {"acc,none": 0.375}}
+    write_results(run, harness={"results": scores, "samples": {"hybrid_lm_names": samples}})
+    _, ((*_, score, _, _),) = results_table(read_runs([run]))
+    assert score == "0.3750 (n 8)"
+    warning = "hybrid: hybrid_lm_names has 8 questions: its score is mostly luck."
+    assert notes(read_runs([run])) == [warning]
+    assert warning in Page(report([run], tmp_path / "r.html").read_text()).said
+    more = [{**sample, "hash": f"r{i}"} for i, sample in enumerate(samples)]
+    write_results(run, harness={"results": scores, "samples": {"hybrid_lm_names": more}})
+    assert notes(read_runs([run])) == []
 
 
 def test_what_is_missing_is_left_out(tmp_path):
