@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from hybrid_lm.data import Tokenizer
 from hybrid_lm.data.optional import MissingPackage
 from hybrid_lm.eval.language import Progress
+from hybrid_lm.eval.tasks import task_names
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.registry import unknown
 
@@ -49,10 +50,11 @@ def run_tasks(
         `hash` and `metrics` per question, for `compare`), `lm_eval` (its version), `max_length`.
 
     Raises:
-        ValueError: for an unknown task, a batch_size below 1, and without lm-eval (MissingPackage).
+        ValueError: for an unknown task, a batch_size or limit below 1, and without lm-eval (MissingPackage).
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size}: must be at least 1")
+    for name, given in (("batch_size", batch_size), ("limit", limit)):
+        if given is not None and given < 1:
+            raise ValueError(f"{name} {given}: must be at least 1")
     prepare_import(offline)
     import lm_eval
     from lm_eval.evaluator import simple_evaluate
@@ -67,7 +69,7 @@ def run_tasks(
     )
     for task in tasks:
         if task not in manager.all_tasks:
-            raise ValueError(unknown("task", task, nearby(task, manager.all_tasks)))
+            raise ValueError(unknown_task(task, manager.all_tasks, include_path))
     lm = HarnessModel(model, tokenizer, max_length=max_length, batch_size=batch_size, progress=progress)
     with undisturbed():
         # Its bootstrap starts a pool of processes; intervals are ours, paired, in `compare`.
@@ -135,6 +137,14 @@ def sample(row: dict[str, Any]) -> dict[str, Any]:
     return {"hash": row["doc_hash"], "metrics": {name: row[name] for name in row["metrics"]}}
 
 
-def nearby(task: str, known: Iterable[str]) -> list[str]:
-    """The known tasks that share their first letters with a wrong name: all of them are thousands."""
-    return [name for name in known if name[:4].lower() == task[:4].lower()][:20]
+def unknown_task(task: str, known: Collection[str], include_path: str | Path | None) -> str:
+    """What to say of a name that is no task: of a folder all names, of lm-eval's thousands those like it."""
+    if include_path is not None and not known:
+        return f"unknown task {task!r}: {include_path} has no task files"
+    alike = [name for name in known if include_path or name[:4].lower() == task[:4].lower()][:20]
+    if alike:
+        return unknown("task", task, alike)
+    return (
+        f"unknown task {task!r}; made from a run's own text: {', '.join(task_names())}; lm-eval's are called "
+        "hellaswag, lambada_openai, arc_easy and so on: `lm-eval ls tasks` lists them"
+    )

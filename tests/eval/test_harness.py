@@ -185,6 +185,22 @@ def test_an_unknown_task_is_named_with_the_nearest(model, found):
         run_tasks(model, TOKENIZER, ["hybrid_lm_nams"], max_length=64, include_path=found[1])
 
 
+def test_a_name_like_no_task_says_what_there_is(model, tmp_path):
+    from hybrid_lm.eval.harness import run_tasks, unknown_task
+
+    # lm-eval's own index takes seconds to read.
+    said = unknown_task("nosuchtask", ["arc_easy", "hellaswag"], None)
+    assert said.startswith(
+        "unknown task 'nosuchtask'; made from a run's own text: hybrid_lm_names, hybrid_lm_te"
+    )
+    assert said.endswith("`lm-eval ls tasks` lists them")
+    assert "Did you mean 'arc_easy'" in unknown_task("arc_eesy", ["arc_easy", "hellaswag"], None)
+    with pytest.raises(ValueError, match=rf"^unknown task 'x': {tmp_path} has no task files$"):
+        run_tasks(model, TOKENIZER, ["x"], max_length=64, include_path=tmp_path)
+    with pytest.raises(ValueError, match=r"^limit 0: must be at least 1$"):
+        run_tasks(model, TOKENIZER, ["x"], max_length=64, limit=0)
+
+
 def test_questions_can_be_answered_from_their_context():
     questions = list(name_questions(TEXTS, context=120, n=40))
     assert questions == list(name_questions(TEXTS, context=120, n=40))
