@@ -7,6 +7,7 @@ by the verbs that compute, not by `--help`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from argparse import Namespace as Arguments
 from collections.abc import Callable, Sequence
@@ -247,8 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output, `head` say, has seen enough.
-        sys.stderr.close()
+        # The reader of our output, `head` say, has seen enough; nor is what is left written at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
         if arguments.debug:

@@ -26,6 +26,7 @@ from hybrid_lm.eval.summary import read_runs
 from hybrid_lm.eval.table import print_table, results_table
 from hybrid_lm.hf.convert import export
 from hybrid_lm.jobs import Job, run_jobs
+from hybrid_lm.terminal import Terminal
 from hybrid_lm.train.checkpoint import load_run, newest
 from hybrid_lm.train.run import is_run
 
@@ -77,7 +78,7 @@ def demo(out: Path, *, fast: bool = False, console: Console | None = None) -> Pa
 
     fast: a few steps of everything, for trying whether it works at all; its numbers mean nothing.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     steps = Steps(console, 4)
     steps.next("corpus: the Python standard library's own sources, as bytes")
     store = corpus(out / "corpus")
@@ -102,7 +103,7 @@ def demo(out: Path, *, fast: bool = False, console: Console | None = None) -> Pa
     inputs = [path for path in out.rglob("*.json*") if path.stem in ("results", "metrics")]
     if not page.exists() or page.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
         report(folders, page, title="Transformer, Mamba-2 and a hybrid on real text")
-    print_table(Console(width=None if sys.stdout.isatty() else 160), "", *results_table(read_runs(folders)))
+    print_table(Terminal(width=None if sys.stdout.isatty() else 160), "", *results_table(read_runs(folders)))
     facts = read_results(out / "lm" / HYBRID)["text"]["baselines"]
     for name, bits in facts.items():
         console.print(f"{name} on the same bytes: {bits:.3f} bits per byte", markup=False, highlight=False)

@@ -73,9 +73,13 @@ def replace_text(path: Path, text: str) -> None:
     """Writes a whole small file in the place of the old one, if any."""
     new = path.with_name(f".{path.name}.new")
     with disk(f"cannot write {path}"):
-        new.write_text(text, encoding="utf-8")
-        sync(new)
-        os.replace(new, path)
+        try:
+            new.write_text(text, encoding="utf-8")
+            sync(new)
+            os.replace(new, path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
         sync(path.parent)
 
 

@@ -37,6 +37,8 @@ def prepare(a: Arguments) -> None:
             f"{split.n_tokens:,} tokens"
         )
     say(f"{a.out}: vocabulary of {store.vocab_size:,}, fingerprint {store.fingerprint[:16]}")
+    for note in store.notes:
+        say(note)
 
 
 def train(a: Arguments) -> int:
@@ -71,7 +73,7 @@ def default_run(config: str) -> str:
 def evaluate(a: Arguments) -> None:
     from hybrid_lm.eval.run import evaluate_run
     from hybrid_lm.eval.summary import read_runs
-    from hybrid_lm.eval.table import print_table, results_table
+    from hybrid_lm.eval.table import notes, print_table, results_table
 
     with progress_bar("evaluating") as moved:
         evaluate_run(
@@ -86,7 +88,10 @@ def evaluate(a: Arguments) -> None:
         from hybrid_lm.eval.run import evaluate_tasks
 
         evaluate_tasks(a.run, a.tasks.split(","), step=a.step, include_path=a.include_path, limit=a.limit)
-    print_table(console(), "", *results_table(read_runs([a.run])))
+    runs = read_runs([a.run])
+    print_table(console(), "", *results_table(runs))
+    for note in notes(runs):
+        say(note)
 
 
 def probe(a: Arguments) -> None:
@@ -251,9 +256,9 @@ def demo(a: Arguments) -> None:
 
 def console() -> Any:
     """Where tables go: standard output, as wide as they need where it is not a terminal."""
-    from rich.console import Console
+    from hybrid_lm.terminal import Terminal
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Terminal(width=None if sys.stdout.isatty() else 160)
 
 
 def say(text: str) -> None:
@@ -264,10 +269,11 @@ def say(text: str) -> None:
 @contextmanager
 def progress_bar(what: str):
     """Yields `moved(done, total)`, which draws a bar on a terminal and nothing elsewhere."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    to = Console(stderr=True)
+    from hybrid_lm.terminal import Terminal
+
+    to = Terminal(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

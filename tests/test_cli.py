@@ -265,3 +265,16 @@ def test_an_interrupted_run_is_no_success(folder):
 def test_resume_stays_where_the_run_is(run, capsys):
     assert main(["train", "run", "--resume", "--out", "elsewhere"]) == 2
     assert "goes on where it is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["show", "tiny.yaml"], ["train", "tiny.yaml", "train.steps=3"], ["show", "tiny.yaml", "--yaml"]]
+)
+def test_a_reader_that_goes_away_ends_nothing(words, folder):
+    code = f"import sys; from hybrid_lm.cli import main; sys.exit(main({words!r}))"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.wait(60) == 0
+    if words[0] == "train":
+        assert (folder / "runs" / "tiny" / "checkpoints" / "step-00000003").is_dir()

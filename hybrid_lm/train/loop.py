@@ -17,6 +17,7 @@ from hybrid_lm.config.schema import RunConfig, TrainConfig
 from hybrid_lm.data import IGNORE, Batch
 from hybrid_lm.files import DiskError
 from hybrid_lm.ops import TokenLoss
+from hybrid_lm.terminal import Terminal
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train import optim
 from hybrid_lm.train import run as runs
@@ -106,7 +107,7 @@ def train(
     Diverged (a ValueError) after ten steps in a row without a finite gradient; DiskError (an OSError and a
     ValueError) if the last save fails.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     path = Path(run_dir)
     if path.is_symlink() or not path.name:
         path = path.resolve()

@@ -111,10 +111,11 @@ class TextSource:
     def describe(self) -> str:
         train, val = self.train.split, self.val.split
         corpus, tokenizer = self.store.meta["corpus"]["source"], self.store.meta["tokenizer"]["name"]
-        return (
+        told = (
             f"{corpus}: {train.n_tokens:,} training tokens in {train.n_documents:,} documents, "
             f"{val.n_tokens:,} held out, tokenizer {tokenizer} ({self.vocab_size:,} entries)"
         )
+        return "; ".join([told, *self.store.notes])
 
 
 class ProbeSource:
