@@ -32,10 +32,24 @@ def test_layer_keeps_the_laws(name, variant):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", list(LAYERS))
-def test_layer_compiles_to_one_graph(name):
-    verdict = compiled_is_eager(Subject(config_of(name, 0), tokens=20, compiler="aot_eager"))
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_layer_compiles_to_one_graph(name, variant):
+    verdict = compiled_is_eager(Subject(config_of(name, variant), tokens=20, compiler="aot_eager"))
     assert verdict.holds, verdict
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", config_names())
+def test_shipped_configuration_compiles_to_one_graph(name):
+    verdict = compiled_is_eager(subject(load_config(name).model, tokens=20, compiler="aot_eager"))
+    assert verdict.holds, verdict
+
+
+@pytest.mark.compile
+def test_a_hybrid_compiles_through_inductor():
+    verdict = compiled_is_eager(subject(load_config("recall/mqar_small_mamba2_attention").model, tokens=20))
+    assert verdict.holds, verdict
+    assert verdict.skipped or "inductor" in verdict.note
 
 
 @pytest.mark.parametrize("law", EAGER_LAWS, ids=lambda law: law.__name__)
