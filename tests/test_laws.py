@@ -46,6 +46,7 @@ def test_shipped_configuration_compiles_to_one_graph(name):
 
 
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_hybrid_compiles_through_inductor():
     verdict = compiled_is_eager(subject(load_config("recall/mqar_small_mamba2_attention").model, tokens=20))
     assert verdict.holds, verdict

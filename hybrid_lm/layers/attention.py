@@ -13,7 +13,7 @@ from hybrid_lm.config.base import Positive
 from hybrid_lm.layers.base import Context, Layer, LayerOptions
 from hybrid_lm.layers.memory import KVState, slack
 from hybrid_lm.layers.parts import Linear, RMSNorm
-from hybrid_lm.layers.rotary import RopeOptions, rotate
+from hybrid_lm.layers.rotary import RopeOptions, Rotation
 from hybrid_lm.ops import alibi_slopes, attention
 
 
@@ -102,6 +102,7 @@ class Attention(Layer):
         self.n_heads, self.n_kv_heads = options.n_heads, options.n_kv_heads or options.n_heads
         self.head_dim = options.head_dim or d_in // options.n_heads
         self.options = options
+        self.rotation = Rotation(options.rope, self.head_dim) if options.rope else None
         q, kv, bias = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, options.qkv_bias
         self.q_proj = Linear(d_in, q, bias=bias)
         self.k_proj = Linear(d_in, kv, bias=bias)
@@ -134,8 +135,8 @@ class Attention(Layer):
         v = v.unflatten(-1, (self.n_kv_heads, self.head_dim))
         if o.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if o.rope:
-            q, k = rotate(q, k, o.rope, ctx)
+        if self.rotation is not None:
+            q, k = self.rotation(q, k, ctx)
         docs = ctx.doc_ids
         if state is not None:
             # Without documents, all tokens are of document 1.

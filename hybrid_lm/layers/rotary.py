@@ -102,11 +102,18 @@ class RopeOptions(Config):
     """Length trained on, for the scaling types that need it."""
 
 
-def rotate(q: Tensor, k: Tensor, rope: RopeOptions, ctx: Context) -> tuple[Tensor, Tensor]:
-    """Rotates the first part of each head of q and k (b t h p) by its token's position."""
-    d = round(rope.fraction * q.shape[-1])
-    scaling = rope.scaling.model_dump(exclude_none=True) if rope.scaling else None
-    settings = {"theta": rope.theta, "scaling": scaling, "max_positions": rope.max_positions}
-    cos, sin = ctx.once(f"rope {d} {settings}", lambda: rope_table(ctx.positions, d, **settings))
-    how = {"interleaved": rope.interleaved}
-    return apply_rope(q, cos, sin, **how), apply_rope(k, cos, sin, **how)
+class Rotation:
+    """Rope on heads of a width, in plain numbers: torch.compile cannot look into a configuration."""
+
+    def __init__(self, rope: RopeOptions, head_dim: int):
+        self.dim = round(rope.fraction * head_dim)
+        self.interleaved = rope.interleaved
+        scaling = rope.scaling.model_dump(exclude_none=True) if rope.scaling else None
+        self.settings = {"theta": rope.theta, "scaling": scaling, "max_positions": rope.max_positions}
+        self.key = f"rope {self.dim} {self.settings}"
+
+    def __call__(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Rotates the first `dim` channels of each head of q and k (b t h p) by its token's position."""
+        cos, sin = ctx.once(self.key, lambda: rope_table(ctx.positions, self.dim, **self.settings))
+        how = {"interleaved": self.interleaved}
+        return apply_rope(q, cos, sin, **how), apply_rope(k, cos, sin, **how)
