@@ -9,6 +9,7 @@ logit.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -107,8 +108,8 @@ def shake(model: HybridLM, seed: int) -> None:
 
 def subject(config: ModelConfig, *, whole: bool = False, **settings) -> Subject:
     """A subject for `config`. Layers keep the laws one by one, so each distinct item stands at most twice
-    (`whole`: as
-    often as in the pattern) and the vocabulary is small: the widths and options are the configuration's own.
+    (`whole`: as often as in the pattern) and the vocabulary is small: the widths and options are the
+    configuration's own.
     """
     items = expand(config.pattern, list(config.layers), config.depth)
     if not whole:
@@ -133,6 +134,11 @@ def enough(config: ModelConfig) -> int:
     return max([64, *found]) + 36
 
 
+def worst_of(*errors: float) -> float:
+    """The largest error; NaN if one is, where `max` would say so or not by the order of its arguments."""
+    return float("nan") if any(math.isnan(error) for error in errors) else max(errors)
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value of `b`; NaN stays NaN."""
     return float((a - b).abs().max() / b.abs().max())
@@ -153,7 +159,9 @@ def causal(s: Subject) -> Verdict:
         (grad,) = torch.autograd.grad((logits[:, place] * weights).sum(), found["x"], retain_graph=True)
         later = grad[:, place + 1 :].abs().max() if place + 1 < s.tokens else grad.new_zeros(())
         # A model that ignores its input would be causal too.
-        worst = max(worst, float(later), float("nan") if not bool(grad[:, place].abs().max() > 0) else 0.0)
+        worst = worst_of(
+            worst, float(later), float("nan") if not bool(grad[:, place].abs().max() > 0) else 0.0
+        )
     return Verdict("causal", worst, 0.0, "gradient of logits with respect to later tokens")
 
 
@@ -185,7 +193,7 @@ def split_is_whole(s: Subject) -> Verdict:
     for cuts in ([1], [s.tokens - 1], sorted(torch.randint(1, s.tokens, (4,), generator=s.rng).tolist())):
         state = s.model.empty_state(2, max_tokens=s.tokens // 2)
         pieces = [s.model(part, state=state).logits for part in tokens.tensor_split(cuts, 1) if part.shape[1]]
-        worst = max(worst, relative(torch.cat(pieces, 1), whole), state_error(state, once))
+        worst = worst_of(worst, relative(torch.cat(pieces, 1), whole), state_error(state, once))
     return Verdict("any split = whole", worst, s.bound(), "logits and memory, three ways to cut")
 
 
@@ -199,7 +207,7 @@ def state_error(a: State, b: State) -> float:
         length = min(x.shape[1], y.shape[1]) if x.dim() > 1 else None
         if length != 0 and y.is_floating_point():
             x, y = (x, y) if length is None else (x[:, -length:], y[:, -length:])
-            worst = max(worst, float((x - y).abs().max() / (y.abs().max() + torch.finfo(y.dtype).tiny)))
+            worst = worst_of(worst, float((x - y).abs().max() / (y.abs().max() + torch.finfo(y.dtype).tiny)))
     return worst
 
 
@@ -232,13 +240,15 @@ def packed_is_separate(s: Subject) -> Verdict:
         for doc in docs[row].unique().tolist():
             place = (docs[row] == doc).nonzero()[:, 0]
             if doc:
-                worst = max(worst, relative(packed[row, place], s.model(tokens[row, place][None]).logits[0]))
+                worst = worst_of(
+                    worst, relative(packed[row, place], s.model(tokens[row, place][None]).logits[0])
+                )
     state, half = s.model.empty_state(2), s.tokens // 2 + 1
     parts = [
         s.model(tokens[:, p], state=state, doc_ids=docs[:, p]).logits
         for p in (slice(0, half), slice(half, None))
     ]
-    worst = max(worst, relative(torch.cat(parts, 1), packed))
+    worst = worst_of(worst, relative(torch.cat(parts, 1), packed))
     return Verdict("packed = separate", worst, s.bound(), "also when a row is cut inside a document")
 
 
@@ -255,7 +265,7 @@ def padded_is_unpadded(s: Subject) -> Verdict:
     for i, row in enumerate(rows):
         alone = s.model(torch.cat([row, after[i]])[None]).logits[0]
         mine = torch.cat([part[i] for part in padded])[-len(row) - 3 :]
-        worst = max(worst, relative(mine, alone))
+        worst = worst_of(worst, relative(mine, alone))
     return Verdict("left-padded = unpadded", worst, s.bound(), "prompt and three decoded tokens")
 
 
@@ -265,11 +275,11 @@ def alone_is_in_batch(s: Subject) -> Verdict:
     tokens, more = s.draw(3), s.draw(3, 2)
     state = s.model.empty_state(3)
     together = s.model(tokens, state=state).logits
-    worst = max(relative(together[i], s.model(tokens[i : i + 1]).logits[0]) for i in range(3))
+    worst = worst_of(*(relative(together[i], s.model(tokens[i : i + 1]).logits[0]) for i in range(3)))
     order = torch.tensor([2, 0])
     gathered = state.gather(order)
     after = s.model(more[order], state=gathered).logits
-    worst = max(worst, relative(after, s.model(more, state=state).logits[order]))
+    worst = worst_of(worst, relative(after, s.model(more, state=state).logits[order]))
     return Verdict("alone = in a batch", worst, s.bound(), "and gathered rows go on as before")
 
 
@@ -291,7 +301,7 @@ def saved_is_loaded(s: Subject) -> Verdict:
     error = float((other(tokens).logits - s.model(tokens).logits).abs().max())
     again = other(more, state=restored).logits - s.model(more, state=state).logits
     return Verdict(
-        "save -> load exact", max(error, float(again.abs().max())), 0.0, "weights and memory, absolute"
+        "save -> load exact", worst_of(error, float(again.abs().max())), 0.0, "weights and memory, absolute"
     )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from hybrid_lm.config.load import config_names, load_config
 from hybrid_lm.config.schema import ModelConfig
-from hybrid_lm.laws import LAWS, Subject, compiled_is_eager, subject
+from hybrid_lm.laws import LAWS, Subject, causal, compiled_is_eager, subject
 from hybrid_lm.layers import LAYERS
 from hybrid_lm.layers.base import Layer
 from hybrid_lm.registry import locate
@@ -85,6 +85,8 @@ class Broken(Layer):
             "causal": lambda: x.roll(-1, 1),
             "packed": lambda: x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None],
             "batch": lambda: x * x.mean(0, keepdim=True),
+            "nan": lambda: x / (x - x)[..., :1],
+            "late nan": lambda: torch.where(torch.arange(x.shape[1])[:, None] > 2, x, x * torch.nan),
             "nothing": lambda: x * 0.5,
         }[self.how]()
         return y, state
@@ -99,6 +101,21 @@ class Broken(Layer):
         ("packed", "any split = whole"),
         ("packed", "token by token = whole"),
         ("batch", "alone = in a batch"),
+        *(
+            (how, law)
+            for how in ("nan", "late nan")
+            for law in (
+                "chunked = recurrent",
+                "any split = whole",
+                "token by token = whole",
+                "packed = separate",
+                "left-padded = unpadded",
+                "alone = in a batch",
+                "save -> load exact",
+                "bf16 drift bounded",
+            )
+        ),
+        ("nan", "causal"),
         ("nothing", None),
     ],
 )
@@ -121,3 +138,14 @@ def test_a_broken_layer_is_found_out(how, broken, monkeypatch):
         assert not failed
     else:
         assert broken in failed
+
+
+def test_a_model_that_ignores_its_input_is_not_called_causal():
+    config = {
+        "d_model": 8,
+        "vocab_size": 20,
+        "pattern": "f",
+        "layers": {"f": {"type": "mlp"}},
+        "embedding": {"multiplier": 0.0},
+    }
+    assert not causal(Subject(ModelConfig.model_validate(config), tokens=20)).holds

@@ -76,8 +76,7 @@ class Context:
     """0 is padding, documents are 1, 2, ... in order; None: one document and no padding."""
     reset: Tensor | None = None
     """True where a token opens a document: nothing finite before it, a given state included, reaches it.
-    None:
-    no token does."""
+    None: no token does."""
     embeddings: Tensor | None = None
     """The embedded tokens, for layers that read them again (Zamba)."""
     backends: Mapping[str, str] = field(default_factory=dict)
