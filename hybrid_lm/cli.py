@@ -208,6 +208,17 @@ VERBS = {
             option("--title", default="hybrid_lm report"),
         ],
     ),
+    "build-native": Verb(
+        verbs.build_native,
+        "compile the native kernels into the cache",
+        "hybrid-lm build-native",
+        [
+            option("target", nargs="?", default="cpu", help="cpu, or cuda; by default cpu"),
+            option("--arch", help="instruction sets, with commas: baseline,avx2; by default all"),
+            option("--sanitize", help="for a search for errors: address,undefined"),
+            option("--force", action="store_true", help="compile even if the cache has it"),
+        ],
+    ),
     "demo": Verb(
         verbs.demo,
         "train, measure and export three small models on real text",

@@ -14,6 +14,7 @@ from hybrid_lm.layers import LAYERS
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.stats import class_table, layer_table, totals
 from hybrid_lm.ops.backend import report
+from hybrid_lm.ops.native import library as native
 from hybrid_lm.train.run import is_run, pick_device
 from hybrid_lm.train.vocabulary import filled
 
@@ -88,10 +89,18 @@ def layers() -> str:
 
 
 def backends(console: Console) -> None:
-    """Prints which backend each op has on this machine's device, and why not another."""
+    """Prints which backend each op has on this machine's device, why not another, and the native library."""
     device = pick_device("auto").type
     lines = [[r.op, r.backend, "runs" if r.chosen else "", r.why_not or ""] for r in report(device)]
     print_table(console, f"Backends on {device}", ["op", "backend", "", "why not"], lines)
+    for target in ("cpu", "cuda"):
+        console.print(f"native, {target}: {native.why_not(target) or built()}", markup=False, soft_wrap=True)
+
+
+def built() -> str:
+    """The native library that is loaded, and the instruction set that it chose."""
+    isa = native.isa()
+    return f"{native.loaded()}" + (f", {isa} kernels" if isa else "")
 
 
 def size_of(n: float) -> str:

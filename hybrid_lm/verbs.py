@@ -248,6 +248,25 @@ def report(a: Arguments) -> None:
     say(str(report(a.runs, a.out, title=a.title)))
 
 
+def build_native(a: Arguments) -> None:
+    import time
+
+    from hybrid_lm.ops.native.build import build
+
+    begun, compiled = time.perf_counter(), False
+    with progress_bar("compiling") as moved:
+
+        def count(done: int, total: int) -> None:
+            nonlocal compiled
+            if not compiled:
+                print(f"compiling the native kernels in {total} steps", file=sys.stderr, flush=True)
+            compiled = True
+            moved(done, total)
+
+        path = build(a.target, arch=a.arch, sanitize=a.sanitize, force=a.force, progress=count)
+    say(f"{path}: {f'built in {time.perf_counter() - begun:.0f} s' if compiled else 'up to date'}")
+
+
 def demo(a: Arguments) -> None:
     from hybrid_lm.demo import demo
 

@@ -1,0 +1,1 @@
+"""Native kernels: the sources of csrc as backends of the ops, where a library has been built."""
