@@ -170,7 +170,10 @@ def cpu_plan(sources: Path, arch: str | None, sanitize: str | None) -> Plan:
     for isa in isas:
         if isa not in known:
             raise NativeBuildError(f"--arch {arch}: {unknown('instruction set', isa, known)}")
-    checks = (f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g") if sanitize else ()
+    checks = ()
+    if sanitize:
+        # Without the second, undefined behaviour would be printed and forgiven.
+        checks = (f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
     common = (*FLAGS, *checks, "-O1" if sanitize else "-O3")
     there_is = tuple(f"-DHYBRID_LM_HAS_{isa.upper()}" for isa in known if isa in isas)
     once = (*common, *there_is, f"-DTORCH_TARGET_VERSION={library.ABI_TARGET}")
