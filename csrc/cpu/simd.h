@@ -79,15 +79,16 @@ HYBRID_LM_FN V exp2_by_bits(V v) {
 }
 
 #if defined(__AVX512F__)
-// scalef is right at both infinities, where the polynomial is NaN.
+// scalef is right at both infinities, where the polynomial is NaN. (The plain intrinsics make GCC warn of their own
+// uninitialised operand; the masked ones are the same instruction.)
 HYBRID_LM_FN Vec<float> exp2_of(Vec<float> v) {
-  Vec<float> whole = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(exp2_polynomial(v - whole), whole);
+  Vec<float> whole = _mm512_maskz_roundscale_ps(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_maskz_scalef_ps(0xffff, exp2_polynomial(v - whole), whole);
 }
 
 HYBRID_LM_FN Vec<double> exp2_of(Vec<double> v) {
-  Vec<double> whole = _mm512_roundscale_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_pd(exp2_polynomial(v - whole), whole);
+  Vec<double> whole = _mm512_maskz_roundscale_pd(0xff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_maskz_scalef_pd(0xff, exp2_polynomial(v - whole), whole);
 }
 #else
 HYBRID_LM_FN Vec<float> exp2_of(Vec<float> v) { return exp2_by_bits<Vec<float>, Vec<int32_t>, float, 23, 127>(v); }
@@ -122,12 +123,13 @@ struct Lanes {
  private:
   template <int BYTES>
   static HYBRID_LM_FN S half_sum(Vec<T, BYTES> v) {
-    Vec<T, BYTES / 2> half[2];
-    std::memcpy(half, &v, BYTES);
-    if constexpr (BYTES == 2 * sizeof(T) * 1)
+    if constexpr (BYTES == 2 * sizeof(T)) {
       return v[0] + v[1];
-    else
+    } else {
+      Vec<T, BYTES / 2> half[2];
+      std::memcpy(half, &v, BYTES);
       return half_sum<BYTES / 2>(half[0] + half[1]);
+    }
   }
 };
 

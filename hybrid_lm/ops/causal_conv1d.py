@@ -24,6 +24,7 @@ def causal_conv1d(
     activation: Literal["silu"] | None = None,
     initial: Tensor | None = None,
     reset: Tensor | None = None,
+    donate: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_t = act(bias + sum_k weight[:, k] * x_{t-w+1+k}): the last tap multiplies the current token.
@@ -34,10 +35,12 @@ def causal_conv1d(
     initial  (b w-1 d) the inputs before the first token; zeros where it is None
     reset    (b t) bool: nothing that stands before a true token (`initial` included) reaches it or what
              follows it
+    donate   `initial` is not used again: without gradients, its memory may become the state's
     Returns y (b t d) and the state (b w-1 d) to hand on as `initial`: the last w - 1 inputs, those before
     the last reset zeroed. Both in x's dtype, the sums in float32 (float64 for float64).
     """
-    return _causal_conv1d(backend, x)(x, weight, bias, activation=activation, initial=initial, reset=reset)
+    run = _causal_conv1d(backend, x)
+    return run(x, weight, bias, activation=activation, initial=initial, reset=reset, donate=donate)
 
 
 def _causal_conv1d_reference(
@@ -48,6 +51,7 @@ def _causal_conv1d_reference(
     activation: Literal["silu"] | None = None,
     initial: Tensor | None = None,
     reset: Tensor | None = None,
+    donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     b, t, d = x.shape
     w = weight.shape[1]
@@ -76,6 +80,7 @@ def _causal_conv1d_torch(
     activation: Literal["silu"] | None = None,
     initial: Tensor | None = None,
     reset: Tensor | None = None,
+    donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     t, w = x.shape[1], weight.shape[1]
     initial = x.new_zeros(x.shape[0], w - 1, x.shape[2]) if initial is None else initial.to(x.dtype)

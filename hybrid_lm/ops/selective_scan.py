@@ -27,6 +27,7 @@ def selective_scan(
     dt_softplus: bool = False,
     initial: Tensor | None = None,
     reset: Tensor | None = None,
+    donate: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  y_t = (C_t . h_t + D x_t) * silu(z_t).
@@ -38,13 +39,15 @@ def selective_scan(
     D        (d) weight of the direct path from x to y
     initial  (b d n) state before the first token; zeros where it is None
     reset    (b t) bool: the decay into a true token is 0, so nothing that stands before it reaches it
+    donate   `initial` is not used again: without gradients, its memory may become the final state's
     Returns y (b t d) in x's dtype and the final state (b d n) in float32 (float64 for float64 x), in which
     all is computed.
     """
     run = _selective_scan(backend, x)
     return run(
-        x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, initial=initial, reset=reset
-    )
+        x, dt, A, B, C,
+        D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, initial=initial, reset=reset, donate=donate,
+    )  # fmt: skip
 
 
 @full_precision
@@ -61,6 +64,7 @@ def _selective_scan_reference(
     dt_softplus: bool = False,
     initial: Tensor | None = None,
     reset: Tensor | None = None,
+    donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     dtype, wide_dtype = x.dtype, wide(x)
     x, dt, A, B, C = (v.to(wide_dtype) for v in (x, dt, A, B, C))

@@ -32,6 +32,7 @@ def selective_scan_torch(
     dt_softplus: bool = False,
     initial: Tensor | None = None,
     reset: Tensor | None = None,
+    donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     A = A.to(wide(x))
     initial = A.new_zeros(x.shape[0], *A.shape) if initial is None else initial.to(A.dtype)

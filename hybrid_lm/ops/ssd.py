@@ -28,6 +28,7 @@ def ssd(
     initial: Tensor | None = None,
     reset: Tensor | None = None,
     chunk: int = 64,
+    donate: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T;  y_t = S_t C_t + D x_t, in every head.
@@ -41,6 +42,7 @@ def ssd(
     initial  (b h p n) state before the first token; zeros where it is None
     reset    (b t) bool: the decay into a true token is 0, so nothing that stands before it reaches it
     chunk    tokens that the fast form handles at once; any value gives the same result up to rounding
+    donate   `initial` is not used again: without gradients, its memory may become the final state's
     Returns y (b t h p) in x's dtype and the final state (b h p n) in float32 (float64 for float64 x), in
     which all is computed.
     """
@@ -48,7 +50,7 @@ def ssd(
     return run(
         x, dt, A, B, C,
         D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
-        initial=initial, reset=reset, chunk=chunk,
+        initial=initial, reset=reset, chunk=chunk, donate=donate,
     )  # fmt: skip
 
 
@@ -67,6 +69,7 @@ def _ssd_reference(
     initial: Tensor | None = None,
     reset: Tensor | None = None,
     chunk: int = 64,
+    donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     dtype, wide_dtype = x.dtype, wide(x)
     x, dt, A, B, C = (v.to(wide_dtype) for v in (x, dt, A, B, C))

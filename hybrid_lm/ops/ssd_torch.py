@@ -36,6 +36,7 @@ def ssd_torch(
     initial: Tensor | None = None,
     reset: Tensor | None = None,
     chunk: int = 64,
+    donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     b, t, h, p = x.shape
     A, dt = A.to(wide(x)), dt.to(wide(x))

@@ -1,0 +1,172 @@
+// What the forward and the backward pass of the selective scan share: how the work is cut, and loading a tile.
+//
+// A work item is one row of the batch and a group of channels. It walks the tokens chunk by chunk; a chunk's tile
+// (tokens x channels) is packed in scratch memory, so that a row of any type and stride becomes whole vectors, and
+// is worked on one vector of channels and a few states at a time, whose states stay in registers.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+#include "hybrid_lm/scan.h"
+
+namespace hybrid_lm {
+namespace HYBRID_LM_ISA {
+
+// States per pass: what leaves registers for the polynomial, of 32 or of 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int STATES = 8;
+#else
+constexpr int STATES = 4;
+#endif
+
+// Channels of a work item. Few items get fewer channels each: two cores need several. A function of the shape only,
+// for it decides in what order gradients are added.
+inline int64_t scan_group(const ScanArgs& a) {
+  int64_t group = 128;
+  while (group > 32 && a.batch * ((a.width + group - 1) / group) < 8) group /= 2;
+  return group;
+}
+
+// Calls f(size, first) for blocks of states, `size` a compile-time constant.
+template <class F>
+HYBRID_LM_FN void for_state_blocks(int64_t states, const F& f) {
+  int64_t n = 0;
+  for (; n + STATES <= states; n += STATES) f(std::integral_constant<int, STATES>(), n);
+  if constexpr (STATES == 8)
+    if (n + 4 <= states) f(std::integral_constant<int, 4>(), n), n += 4;
+  if (n + 2 <= states) f(std::integral_constant<int, 2>(), n), n += 2;
+  if (n < states) f(std::integral_constant<int, 1>(), n);
+}
+
+template <class S>
+inline void fill_zero(S* p, int64_t count) {
+  std::memset(p, 0, count * sizeof(S));
+}
+
+// Carves scratch memory into arrays that begin at cache lines.
+struct Carver {
+  char* free;
+
+  template <class S>
+  S* take(int64_t count) {
+    S* p = reinterpret_cast<S*>(free);
+    free += bytes<S>(count);
+    return p;
+  }
+  template <class S>
+  static int64_t bytes(int64_t count) {
+    return (count * sizeof(S) + 63) / 64 * 64;
+  }
+};
+
+// One work item: its place, and the tile of the chunk it is at.
+template <class S>
+struct ScanTile {
+  using L = Lanes<S>;
+  using V = typename L::V;
+
+  const ScanArgs& a;
+  int64_t row, first, count;  // of the batch; of the channels; channels that are there
+  int64_t width;              // channels in scratch, whole vectors: those beyond `count` are zero
+  S *rates, *h;               // [state][channel]
+  S *dt, *input, *y;          // [token][channel]
+  S *B, *C;                   // [token][state]
+  S *bias, *D;                // [channel]
+  S *line;                    // one row, while it is packed
+  uint8_t* reset;             // [token]
+  int64_t start = 0;          // the chunk's first token
+  int steps = 0;
+
+  static int64_t bytes(const ScanArgs& a, int64_t group) {
+    return Carver::bytes<S>(a.states * group) * 2 + Carver::bytes<S>(SCAN_CHUNK * group) * 3 +
+           Carver::bytes<S>(SCAN_CHUNK * a.states) * 2 + Carver::bytes<S>(group) * 3 +
+           Carver::bytes<uint8_t>(SCAN_CHUNK);
+  }
+
+  ScanTile(const ScanArgs& args, int64_t item, int64_t group, Carver& memory) : a(args) {
+    const int64_t groups = (a.width + group - 1) / group;
+    row = item / groups, first = item % groups * group;
+    count = a.width - first < group ? a.width - first : group;
+    width = (count + L::COUNT - 1) / L::COUNT * L::COUNT;
+    rates = memory.take<S>(a.states * group), h = memory.take<S>(a.states * group);
+    dt = memory.take<S>(SCAN_CHUNK * group), input = memory.take<S>(SCAN_CHUNK * group);
+    y = memory.take<S>(SCAN_CHUNK * group);
+    B = memory.take<S>(SCAN_CHUNK * a.states), C = memory.take<S>(SCAN_CHUNK * a.states);
+    bias = memory.take<S>(group), D = memory.take<S>(group), line = memory.take<S>(group);
+    reset = memory.take<uint8_t>(SCAN_CHUNK);
+    pack(a.dt_bias, first * a.dt_bias.stride[0], a.dt_bias.stride[0], bias);
+    pack(a.D, first * a.D.stride[0], a.D.stride[0], D);
+    for (int64_t n = 0; n < a.states; ++n) {
+      S* here = rates + n * width;
+      pack(a.A, first * a.A.stride[0] + n * a.A.stride[1], a.A.stride[0], here);
+      for (int64_t i = 0; i < width; ++i) here[i] *= S(LOG2E);
+    }
+  }
+
+  // `count` numbers and zeros up to a whole vector; all zeros for an absent tensor.
+  void pack(const View& v, int64_t offset, int64_t stride, S* to) const {
+    const int64_t there = v ? count : 0;
+    if (v) load_row(v, offset, stride, count, to);
+    if (there < width) fill_zero(to + there, width - there);
+  }
+
+  // A row of tensor (b t d) as whole vectors: in place if it is that already, else packed into `to`.
+  const S* channels(const View& v, int64_t t, S* to) const {
+    const int64_t offset = row * v.stride[0] + (start + t) * v.stride[1] + first * v.stride[2];
+    constexpr Type own = std::is_same_v<S, float> ? Type::f32 : Type::f64;
+    if (v && v.type == own && v.stride[2] == 1 && count == width) return static_cast<const S*>(v.data) + offset;
+    pack(v, offset, v.stride[2], to);
+    return to;
+  }
+
+  void put_channels(const View& v, int64_t t, const S* from) const {
+    store_row(v, row * v.stride[0] + (start + t) * v.stride[1] + first * v.stride[2], v.stride[2], count, from);
+  }
+
+  // [state][channel] from and to a state (b d n).
+  void load_state(const View& v, S* to) const {
+    for (int64_t n = 0; n < a.states; ++n)
+      pack(v, row * v.stride[0] + first * v.stride[1] + n * v.stride[2], v.stride[1], to + n * width);
+  }
+
+  void store_state(const View& v, const S* from) const {
+    for (int64_t n = 0; n < a.states; ++n)
+      store_row(v, row * v.stride[0] + first * v.stride[1] + n * v.stride[2], v.stride[1], count, from + n * width);
+  }
+
+  // [state][channel] from and to the states between chunks, (k b n d).
+  S* kept(int64_t n) const {
+    return static_cast<S*>(a.before.data) +
+           ((start / SCAN_CHUNK * a.batch + row) * a.states + n) * a.width + first;
+  }
+
+  // The chunk that begins at token `at`: dt and dt x after bias and softplus, B, C, and y = D x.
+  void load_chunk(int64_t at) {
+    start = at, steps = int(a.tokens - at < SCAN_CHUNK ? a.tokens - at : SCAN_CHUNK);
+    for (int t = 0; t < steps; ++t) {
+      load_row(a.B, row * a.B.stride[0] + (at + t) * a.B.stride[1], a.B.stride[2], a.states, B + t * a.states);
+      load_row(a.C, row * a.C.stride[0] + (at + t) * a.C.stride[1], a.C.stride[2], a.states, C + t * a.states);
+      const auto* r = static_cast<const uint8_t*>(a.reset.data);
+      reset[t] = r ? r[row * a.reset.stride[0] + (at + t) * a.reset.stride[1]] : 0;
+      S *dt_t = dt + t * width, *input_t = input + t * width, *y_t = y + t * width;
+      const S *x = channels(a.x, t, line), *raw = channels(a.dt, t, dt_t);
+      for (int64_t i = 0; i < width; i += L::COUNT) {
+        V step = L::load(raw + i) + L::load(bias + i), v = L::load(x + i);
+        if (a.dt_softplus) step = softplus<L>(step);
+        L::store(dt_t + i, step), L::store(input_t + i, step * v), L::store(y_t + i, v * L::load(D + i));
+      }
+    }
+  }
+
+  // The tokens of the chunk for the vector of channels at `i`, states from `n` on.
+  ScanTokens<L> tokens(int64_t i, int64_t n) const {
+    return {steps, width / L::COUNT, reinterpret_cast<const V*>(dt + i), reinterpret_cast<const V*>(input + i),
+            B + n, C + n, a.states, reset};
+  }
+  V* lanes(S* p, int64_t i, int64_t n = 0) const { return reinterpret_cast<V*>(p + n * width + i); }
+};
+
+}  // namespace HYBRID_LM_ISA
+}  // namespace hybrid_lm

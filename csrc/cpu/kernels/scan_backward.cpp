@@ -1,0 +1,177 @@
+// The selective scan, backward: chunk by chunk from the end, each computed again from the state before it.
+#include <cstdlib>
+
+#include "cpu/kernels/scan.h"
+
+namespace hybrid_lm {
+namespace HYBRID_LM_ISA {
+namespace {
+
+// Sums that several work items have parts of, one part each, added at the end in a fixed order.
+template <class S>
+struct Parts {
+  S *gB, *gC;         // [group][b][t][n]
+  S *gA;              // [b][n][d]
+  S *gD, *gdt_bias;   // [b][d]
+};
+
+template <class S>
+struct ScanGradTile : ScanTile<S> {
+  using L = Lanes<S>;
+  using V = typename L::V;
+  const ScanGradArgs& args;
+  S *gh, *gA;             // [state][channel]: what later tokens ask of the state; the gradient of A
+  S *gout, *ginput, *gdt;  // [token][channel]
+  S *gD, *gbias;          // [channel]
+  S *line2, *line3;
+  V *decay, *states, *lanes_gB, *lanes_gC;  // [token][one of STATES]
+
+  static int64_t bytes(const ScanArgs& a, int64_t group) {
+    return ScanTile<S>::bytes(a, group) + Carver::bytes<S>(a.states * group) * 2 +
+           Carver::bytes<S>(SCAN_CHUNK * group) * 3 + Carver::bytes<S>(group) * 4 +
+           Carver::bytes<V>(SCAN_CHUNK * STATES) * 4;
+  }
+
+  ScanGradTile(const ScanGradArgs& a, int64_t item, int64_t group, Carver& memory)
+      : ScanTile<S>(a, item, group, memory), args(a) {
+    gh = memory.take<S>(a.states * group), gA = memory.take<S>(a.states * group);
+    gout = memory.take<S>(SCAN_CHUNK * group), ginput = memory.take<S>(SCAN_CHUNK * group);
+    gdt = memory.take<S>(SCAN_CHUNK * group);
+    gD = memory.take<S>(group), gbias = memory.take<S>(group);
+    line2 = memory.take<S>(group), line3 = memory.take<S>(group);
+    decay = memory.take<V>(SCAN_CHUNK * STATES), states = memory.take<V>(SCAN_CHUNK * STATES);
+    lanes_gB = memory.take<V>(SCAN_CHUNK * STATES), lanes_gC = memory.take<V>(SCAN_CHUNK * STATES);
+    fill_zero(gA, a.states * this->width), fill_zero(gD, this->width), fill_zero(gbias, this->width);
+  }
+
+  // gout = gy silu(z): what the gated output asks of the sum under the gate.
+  void load_gradients() {
+    for (int t = 0; t < this->steps; ++t) {
+      S* out = gout + t * this->width;
+      const S* gy = this->channels(args.gy, t, out);
+      const S* z = this->a.z ? this->channels(this->a.z, t, this->line) : nullptr;
+      for (int64_t i = 0; i < this->width; i += L::COUNT)
+        L::store(out + i, z ? L::load(gy + i) * silu<L>(L::load(z + i)) : L::load(gy + i));
+    }
+    fill_zero(ginput, this->steps * this->width), fill_zero(gdt, this->steps * this->width);
+  }
+
+  // The chunk's part of the recurrence: y, ginput, gdt, gA, gh, and the items' parts of gB and gC.
+  void recur(S* gB, S* gC) {
+    const int64_t step = this->width / L::COUNT;
+    for_state_blocks(this->a.states, [&](auto size, int64_t n) {
+      constexpr int N = size();
+      fill_zero(lanes_gB, this->steps * N), fill_zero(lanes_gC, this->steps * N);
+      for (int64_t i = 0; i < this->width; i += L::COUNT) {
+        const auto tokens = this->tokens(i, n);
+        const V *A = this->lanes(this->rates, i, n), *out = this->lanes(gout, i);
+        scan_recompute<N>(tokens, A, this->lanes(this->h, i, n), step, out, decay, states, this->lanes(this->y, i),
+                          lanes_gC);
+        scan_reverse<N>(tokens, A, this->lanes(gh, i, n), this->lanes(gA, i, n), step, out, decay, states,
+                        this->lanes(ginput, i), this->lanes(gdt, i), lanes_gB);
+      }
+      for (int t = 0; t < this->steps; ++t)
+        for (int k = 0; k < N; ++k) {
+          gB[t * this->a.states + n + k] = L::sum(lanes_gB[t * N + k]);
+          gC[t * this->a.states + n + k] = L::sum(lanes_gC[t * N + k]);
+        }
+    });
+  }
+
+  // Through the gate, D x, dt x, and softplus: the gradients of z, x and dt, written out.
+  void finish_chunk() {
+    const ScanArgs& a = this->a;
+    for (int t = 0; t < this->steps; ++t) {
+      const int64_t at = t * this->width;
+      const S *x = this->channels(a.x, t, this->line), *raw = this->channels(a.dt, t, line2);
+      for (int64_t i = 0; i < this->width; i += L::COUNT) {
+        const V v = L::load(x + i), out = L::load(gout + at + i), gi = L::load(ginput + at + i);
+        const V step = L::load(this->dt + at + i);
+        V gstep = L::load(gdt + at + i) * S(1 / LOG2E) + gi * v;
+        if (a.dt_softplus) gstep = gstep * sigmoid<L>(L::load(raw + i) + L::load(this->bias + i));
+        L::store(gdt + at + i, gstep);
+        L::store(ginput + at + i, gi * step + out * L::load(this->D + i));
+        L::store(gD + i, L::load(gD + i) + out * v);
+        L::store(gbias + i, L::load(gbias + i) + gstep);
+      }
+      this->put_channels(args.gdt, t, gdt + at);
+      this->put_channels(args.gx, t, ginput + at);
+      if (!a.z) continue;
+      const S *z = this->channels(a.z, t, this->line), *gy = this->channels(args.gy, t, line2);
+      for (int64_t i = 0; i < this->width; i += L::COUNT) {
+        const V gate = L::load(z + i);
+        L::store(line3 + i, L::load(gy + i) * L::load(this->y + at + i) * silu_slope<L>(gate, sigmoid<L>(gate)));
+      }
+      this->put_channels(args.gz, t, line3);
+    }
+  }
+};
+
+template <class S>
+void scan_item(const ScanGradArgs& a, int64_t item, int64_t group, const Parts<S>& parts) {
+  Carver memory{static_cast<char*>(scratch(ScanGradTile<S>::bytes(a, group)))};
+  ScanGradTile<S> v(a, item, group, memory);
+  v.load_state(a.gstate, v.gh);
+  const int64_t rows = (v.first / group * a.batch + v.row) * a.tokens;
+  for (int64_t at = (a.tokens - 1) / SCAN_CHUNK * SCAN_CHUNK; at >= 0; at -= SCAN_CHUNK) {
+    v.load_chunk(at);
+    for (int64_t n = 0; n < a.states; ++n) {
+      std::memcpy(v.h + n * v.width, v.kept(n), v.count * sizeof(S));
+      fill_zero(v.h + n * v.width + v.count, v.width - v.count);
+    }
+    v.load_gradients();
+    v.recur(parts.gB + (rows + at) * a.states, parts.gC + (rows + at) * a.states);
+    v.finish_chunk();
+  }
+  v.store_state(a.ginitial, v.gh);
+  for (int64_t n = 0; n < a.states; ++n)
+    std::memcpy(parts.gA + (v.row * a.states + n) * a.width + v.first, v.gA + n * v.width, v.count * sizeof(S));
+  std::memcpy(parts.gD + v.row * a.width + v.first, v.gD, v.count * sizeof(S));
+  std::memcpy(parts.gdt_bias + v.row * a.width + v.first, v.gbias, v.count * sizeof(S));
+}
+
+// to[i] = sum over k of parts[k * stride + i], in the order of k; in the place of part 0.
+template <class S>
+S* add_parts(S* parts, int64_t n_parts, int64_t stride, int64_t count) {
+  for (int64_t k = 1; k < n_parts; ++k)
+    for (int64_t i = 0; i < count; ++i) parts[i] += parts[k * stride + i];
+  return parts;
+}
+
+template <class S>
+void run(const ScanGradArgs& a) {
+  const int64_t group = scan_group(a), groups = (a.width + group - 1) / group;
+  const int64_t per_token = a.batch * a.tokens * a.states, per_state = a.states * a.width;
+  S* all = static_cast<S*>(std::malloc((2 * groups * per_token + a.batch * (per_state + 2 * a.width)) * sizeof(S)));
+  Parts<S> parts;
+  parts.gB = all, parts.gC = parts.gB + groups * per_token, parts.gA = parts.gC + groups * per_token;
+  parts.gD = parts.gA + a.batch * per_state, parts.gdt_bias = parts.gD + a.batch * a.width;
+  for_each_item(a.parallel, a.batch * groups, 2 * a.batch * a.tokens * a.width * a.states,
+                [&](int64_t item) { scan_item<S>(a, item, group, parts); });
+  // A stretch of tokens per item.
+  const int64_t rows = a.batch * a.tokens, block = 256, blocks = (rows + block - 1) / block;
+  for_each_item(a.parallel, blocks, groups * per_token, [&](int64_t item) {
+    const int64_t from = item * block, count = rows - from < block ? rows - from : block;
+    S* gB = add_parts(parts.gB + from * a.states, groups, per_token, count * a.states);
+    S* gC = add_parts(parts.gC + from * a.states, groups, per_token, count * a.states);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = (from + i) / a.tokens, t = (from + i) % a.tokens;
+      store_row(a.gB, b * a.gB.stride[0] + t * a.gB.stride[1], a.gB.stride[2], a.states, gB + i * a.states);
+      store_row(a.gC, b * a.gC.stride[0] + t * a.gC.stride[1], a.gC.stride[2], a.states, gC + i * a.states);
+    }
+  });
+  add_parts(parts.gA, a.batch, per_state, per_state);
+  for (int64_t n = 0; n < a.states; ++n)
+    store_row(a.gA, n * a.gA.stride[1], a.gA.stride[0], a.width, parts.gA + n * a.width);
+  if (a.gD) store_row(a.gD, 0, a.gD.stride[0], a.width, add_parts(parts.gD, a.batch, a.width, a.width));
+  if (a.gdt_bias)
+    store_row(a.gdt_bias, 0, a.gdt_bias.stride[0], a.width, add_parts(parts.gdt_bias, a.batch, a.width, a.width));
+  std::free(all);
+}
+
+}  // namespace
+
+void scan_backward(const ScanGradArgs& a) { a.x.type == Type::f64 ? run<double>(a) : run<float>(a); }
+
+}  // namespace HYBRID_LM_ISA
+}  // namespace hybrid_lm
