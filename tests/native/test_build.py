@@ -135,10 +135,8 @@ def test_each_kernel_is_compiled_for_each_instruction_set(log, monkeypatch):
 def test_another_processor_has_a_baseline_alone(log, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     build()
-    assert [line.split()[-1].rpartition("/")[2] for line in log() if " -c " in line] == [
-        "bind.o",
-        "name.baseline.o",
-    ]
+    compiled = [line for line in log() if " -c " in line]
+    assert {Path(line.split()[-1]).name for line in compiled} == {"bind.o", "name.baseline.o"}
     with pytest.raises(
         NativeBuildError, match=r"--arch avx2: unknown instruction set 'avx2'; known: baseline"
     ):
