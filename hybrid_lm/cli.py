@@ -53,6 +53,11 @@ def seed(text: str) -> int:
     return n
 
 
+def counts(text: str) -> list[int]:
+    """Reads whole numbers of at least 1 with commas between them."""
+    return [count()(part) for part in text.split(",")]
+
+
 def seeds(text: str) -> list[int]:
     """Reads seeds with commas between them."""
     return [seed(part) for part in text.split(",")]
@@ -217,6 +222,28 @@ VERBS = {
             option("--arch", help="instruction sets, with commas: baseline,avx2; by default all"),
             option("--sanitize", help="for a search for errors: address,undefined"),
             option("--force", action="store_true", help="compile even if the cache has it"),
+        ],
+    ),
+    "bench": Verb(
+        verbs.bench,
+        "time and memory beside the installed peers, on this machine",
+        "hybrid-lm bench ops --op scan --op attention --length 256,1024 --out bench.json",
+        [
+            option(
+                "what",
+                nargs="?",
+                choices=["ops", "train", "generate"],
+                default="ops",
+                help="each op; a training step; a token decoded; by default ops",
+            ),
+            option("--op", action="append", help="of ops: only this one; may be given again"),
+            option("--length", type=counts, help="tokens, with commas for several (ops: with a plot)"),
+            option("--threads", type=count(), default=1, help="1: process CPU time; more: wall time"),
+            option("--repeat", type=count(), default=5, help="timed rounds"),
+            option("--only", help="these candidates, with commas"),
+            option("--no-compile", action="store_true", help="leave torch.compile out (it is slow)"),
+            option("--no-memory", action="store_true", help="of ops: leave peak memory out"),
+            option("--out", help="a JSON file; plots are written beside it"),
         ],
     ),
     "demo": Verb(

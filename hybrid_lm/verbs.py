@@ -267,6 +267,23 @@ def build_native(a: Arguments) -> None:
     say(f"{path}: {f'built in {time.perf_counter() - begun:.0f} s' if compiled else 'up to date'}")
 
 
+def bench(a: Arguments) -> None:
+    from hybrid_lm.bench.run import bench
+
+    bench(
+        a.what,
+        out=None if a.out is None else Path(a.out),
+        console=console(),
+        ops=a.op,
+        lengths=a.length,
+        only=None if a.only is None else a.only.split(","),
+        threads=a.threads,
+        repeat=a.repeat,
+        compiled=not a.no_compile,
+        memory=not a.no_memory,
+    )
+
+
 def demo(a: Arguments) -> None:
     from hybrid_lm.demo import demo
 
