@@ -2,6 +2,8 @@
 // for double tensors) on rows that are packed in scratch memory.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd.h"
 #include "hybrid_lm/view.h"
 
@@ -46,6 +48,9 @@ template <class E, class S>
 inline void load_as(const E* from, int64_t stride, int64_t count, S* __restrict__ to) {
   if (stride == 1)
     for (int64_t i = 0; i < count; ++i) to[i] = widened<E, S>(from[i]);
+  // An expanded tensor, like the gradient of a sum: worth not going one by one.
+  else if (stride == 0)
+    for (int64_t i = 0; i < count; ++i) to[i] = widened<E, S>(from[0]);
   else
     for (int64_t i = 0; i < count; ++i) to[i] = widened<E, S>(from[i * stride]);
 }
