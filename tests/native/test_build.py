@@ -250,6 +250,15 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, log):
     assert library.find("cpu").why_not == "not built: run `hybrid-lm build-native`"
 
 
+def test_sources_that_change_meanwhile_are_not_what_was_built(tmp_path, sources, log):
+    def edit(done: int, total: int) -> None:
+        (sources / "cpu" / "bind.cpp").write_text(f"// {done}\n")
+
+    with pytest.raises(NativeBuildError, match="changed while it was compiled; build again"):
+        build(progress=edit)
+    assert cached(tmp_path) == set()
+
+
 def test_without_a_compiler_the_message_says_what_would_work(tmp_path, sources, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(

@@ -137,6 +137,8 @@ def fetch(plan: Plan, chosen: Path | None, force: bool, progress: Progress | Non
             check_age(plan.compiler)
             with new_folder(folder, f"cannot write {folder}") as new:
                 make(plan, new, progress or (lambda done, total: None))
+                if plan.folder() != folder:
+                    raise NativeBuildError(f"{plan.sources}: changed while it was compiled; build again")
         if chosen is not None and not names(chosen, folder):
             replace_text(chosen, folder.name)
     return path
