@@ -37,8 +37,7 @@ def write(path: Path, document: Document) -> None:
 
 def show(console: Console, document: Document, case: Mapping[str, Any]) -> None:
     """One case as a table, and a line for every candidate that was not timed."""
-    columns = COLUMNS[document["bench"]]
-    main = MAIN[document["bench"]]
+    columns, main = COLUMNS[document["bench"]], MAIN[document["bench"]]
     rows = case["candidates"]
     header = ["candidate", *(name for _, name in columns), "min - max", "x ours", "error"]
     lines = []
@@ -59,15 +58,21 @@ def show(console: Console, document: Document, case: Mapping[str, Any]) -> None:
     if sizes := case.get("parameters"):
         told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
         console.print(f"parameters: {told}", markup=False, highlight=False)
+    for line in sentences(rows):
+        console.print(line, markup=False, highlight=False)
+
+
+def sentences(rows: Mapping[str, Any]) -> Iterator[str]:
+    """What was not measured and why, and what ours reach."""
     for name, row in rows.items():
         if row.get("note"):
-            console.print(f"{name}: {row['status']}: {row['note']}", markup=False, highlight=False)
+            yield f"{name}: {row['status']}: {row['note']}"
+        if row["ours"] and "fwd_share_of_matmul" in row:
+            yield f"{name}, forward: {row['fwd_share_of_matmul']:.0%} of a matrix product's rate"
         for peer, times in row.get("over", {}).items():
-            text = f"{name} is {times:.2f}x as fast as {peer}"
-            share = row.get("ratio", {}).get("peak_mb"), rows[peer].get("ratio", {}).get("peak_mb")
-            if all(share):
-                text += f", with {share[0] / share[1]:.1%} of its memory"
-            console.print(text, markup=False, highlight=False)
+            mine, theirs = row.get("peak_mb"), rows[peer].get("peak_mb")
+            memory = f", with {mine / theirs:.1%} of its memory" if mine and theirs else ""
+            yield f"{name} is {times:.2f}x as fast as {peer}{memory}"
 
 
 def title(document: Document, case: Mapping[str, Any]) -> str:
@@ -86,28 +91,27 @@ def figure(value: Any) -> str:
 
 
 def draw_figures(path: Path, document: Document) -> tuple[list[Path], str | None]:
-    """SVG files beside the JSON file `path`, for cases of several lengths; why there are none, if they cannot
+    """SVG files beside the JSON file `path`, for ops of several lengths; why there are none, if they cannot
     be drawn."""
     made = []
-    try:
-        for op, cases in grouped(document["cases"]).items():
-            lines = {
-                name: rows
-                for other in (op, *BESIDE.get(op, ()))
-                for name, rows in curves(op, other, document)
+    cases = grouped(document["cases"])
+    for op in cases:
+        lines = curves(cases[op])
+        for other in BESIDE.get(op, ()):
+            found = curves(cases.get(other, []))
+            lines |= {f"{other}: {name}": points for name, points in found.items()}
+        for key, what, unit in (("fwd_bwd_ms", "time", "ms"), ("peak_mb", "memory", "MiB")):
+            points = {
+                name: [(t, row[key]) for t, row in rows if row.get(key)] for name, rows in lines.items()
             }
-            if len(cases) < 2:
+            if len(cases[op]) < 2 or not any(points.values()):
                 continue
-            for key, what, unit in (("fwd_bwd_ms", "time", "ms"), ("peak_mb", "memory", "MiB")):
-                points = {
-                    name: [(t, row[key]) for t, row in rows if row.get(key)] for name, rows in lines.items()
-                }
-                if any(points.values()):
-                    file = path.with_name(f"{path.stem}-{op}-{what}.svg")
-                    replace_text(file, over_length(f"{op}: forward + backward, {what}", points, unit))
-                    made.append(file)
-    except MissingPackage as error:
-        return made, str(error)
+            try:
+                svg = over_length(f"{op}: forward + backward, {what}", points, unit)
+            except MissingPackage as error:
+                return made, str(error)
+            made.append(path.with_name(f"{path.stem}-{op}-{what}.svg"))
+            replace_text(made[-1], svg)
     return made, None
 
 
@@ -119,12 +123,13 @@ def grouped(cases: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
     return found
 
 
-def curves(op: str, other: str, document: Document) -> Iterator[tuple[str, list[tuple[int, Any]]]]:
-    """The candidates of `other` in a figure of `op`, each with its (tokens, row)."""
-    cases = grouped(document["cases"]).get(other, [])
-    for name in dict.fromkeys(name for case in cases for name in case["candidates"]):
-        rows = [(case["tokens"], case["candidates"].get(name, {})) for case in cases]
-        yield (name if op == other else f"{other}: {name}"), rows
+def curves(cases: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, Any]]]:
+    """The (tokens, row) of every candidate of an op."""
+    found: dict[str, list[tuple[int, Any]]] = {}
+    for case in cases:
+        for name, row in case["candidates"].items():
+            found.setdefault(f"ours, {name}" if row["ours"] else name, []).append((case["tokens"], row))
+    return found
 
 
 def over_length(heading: str, points: Mapping[str, Sequence[tuple[int, Any]]], unit: str) -> str:

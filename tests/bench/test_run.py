@@ -45,9 +45,10 @@ def test_ops(tmp_path, capsys):
     assert ours["fwd_share_of_matmul"] > 0
     printed = capsys.readouterr().out
     assert "scan, 16 tokens: 1 thread, process CPU time, medians of 2" in printed
-    # The plot of the scan shows attention beside it.
+    assert "% of a matrix product's rate" in printed
     figure = (tmp_path / "new" / "ops-scan-time.svg").read_text(encoding="utf-8")
-    assert figure.lstrip().startswith("<?xml")
+    for line in ("ours, torch", "transformers_mambapy", "attention: ours, torch", "attention: sdpa"):
+        assert f"<!-- {line} -->" in figure
     assert str(tmp_path / "new" / "ops-scan-time.svg") in printed
     assert not (tmp_path / "new" / "ops-scan-memory.svg").exists()
 
