@@ -267,10 +267,10 @@ def build_native(a: Arguments) -> None:
     say(f"{path}: {f'built in {time.perf_counter() - begun:.0f} s' if compiled else 'up to date'}")
 
 
-def bench(a: Arguments) -> None:
-    from hybrid_lm.bench.run import bench
+def bench(a: Arguments) -> int:
+    from hybrid_lm.bench.run import bench, ours_are_right
 
-    bench(
+    document = bench(
         a.what,
         out=None if a.out is None else Path(a.out),
         console=console(),
@@ -282,6 +282,7 @@ def bench(a: Arguments) -> None:
         compiled=not a.no_compile,
         memory=not a.no_memory,
     )
+    return 0 if ours_are_right(document) else 1
 
 
 def demo(a: Arguments) -> None:

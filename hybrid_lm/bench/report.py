@@ -54,7 +54,9 @@ def show(console: Console, document: Document, case: Mapping[str, Any]) -> None:
                     f"{row['worst_error']:.1e}",
                 ]
             )
-    print_table(console, title(document, case), header, lines)
+    # As a line of its own: the title of a narrow table would be broken.
+    console.print(title(document, case), markup=False, highlight=False)
+    print_table(console, "", header, lines)
     if sizes := case.get("parameters"):
         told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
         console.print(f"parameters: {told}", markup=False, highlight=False)

@@ -57,3 +57,9 @@ def bench(
         for line in [*map(str, [out, *figures]), *([reason] if reason else [])]:
             console.print(line, markup=False, highlight=False)
     return document
+
+
+def ours_are_right(document: Mapping[str, Any]) -> bool:
+    """Whether no candidate of ours was found wrong."""
+    rows = [row for case in document["cases"] for row in case["candidates"].values()]
+    return not any(row["ours"] and row["status"] == "wrong" for row in rows)

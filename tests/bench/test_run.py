@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -51,6 +52,31 @@ def test_ops(tmp_path, capsys):
         assert f"<!-- {line} -->" in figure
     assert str(tmp_path / "new" / "ops-scan-time.svg") in printed
     assert not (tmp_path / "new" / "ops-scan-memory.svg").exists()
+
+
+def test_ours_being_wrong_is_a_failure(monkeypatch, capsys):
+    right = CASES["conv"].ours
+    case = dataclasses.replace(CASES["conv"], ours=lambda v, backend: off_in_float32(right(v, backend)))
+    monkeypatch.setitem(CASES, "conv", case)
+    words = [
+        "bench",
+        "ops",
+        "--op",
+        "conv",
+        "--length",
+        "8",
+        "--only",
+        "torch",
+        "--no-memory",
+        "--repeat",
+        "1",
+    ]
+    assert main(words) == 1
+    assert "torch: wrong: " in capsys.readouterr().out
+
+
+def off_in_float32(y):
+    return y if y.dtype.itemsize == 8 else 1.01 * y
 
 
 @pytest.mark.compile
