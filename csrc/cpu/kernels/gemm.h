@@ -52,6 +52,19 @@ struct Arena {
   }
 };
 
+// Stores a vector past the caches, for what is not read again soon; `end_stream` lets other threads see it.
+#if defined(__AVX512F__)
+HYBRID_LM_FN void stream(float* to, Vec<float> v) { _mm512_stream_ps(to, v); }
+HYBRID_LM_FN void stream(double* to, Vec<double> v) { _mm512_stream_pd(to, v); }
+HYBRID_LM_FN void end_stream() { _mm_sfence(); }
+#else
+template <class S>
+HYBRID_LM_FN void stream(S* to, Vec<S> v) {
+  Lanes<S>::store(to, v);
+}
+HYBRID_LM_FN void end_stream() {}
+#endif
+
 template <class S, int VECS>
 struct Tile {
   using L = Lanes<S>;
@@ -99,7 +112,16 @@ struct Tile {
   HYBRID_LM_FN void store(Matrix<S> to) {
     for_each([&](V& s, int64_t r, int64_t c) { L::store(to.row(r) + c, s); });
   }
+  HYBRID_LM_FN void stream(Matrix<S> to) {
+    for_each([&](V& s, int64_t r, int64_t c) { hybrid_lm::HYBRID_LM_ISA::stream(to.row(r) + c, s); });
+  }
 };
+
+// How many tiles for_each_tile goes through.
+template <class S>
+constexpr int64_t tiles_of(int64_t rows, int64_t columns) {
+  return (rows / TILE_ROWS) * ((columns + 2 * Lanes<S>::COUNT - 1) / (2 * Lanes<S>::COUNT));
+}
 
 // f(tile) for all tiles of a matrix, a panel of columns after the other: the right factor's panel stays in the first
 // cache while the rows pass by. Rows and columns are padded sizes.

@@ -37,15 +37,32 @@ void mix(const SsdShared<S>& shared, const Steps<S>& steps, S D, int64_t tokens,
   }
 }
 
+// After a head comes the next head, after the last one the first head of the next chunk.
+inline Ahead ahead(const SsdArgs& a, const SsdItem& item, int64_t head, const Segment& g) {
+  if (head + 1 < item.head + item.heads) return {g, head + 1};
+  const int64_t start = g.start + g.count, left = a.tokens - start;
+  return {{start, left < SSD_CHUNK ? left : SSD_CHUNK, true, true}, item.head};
+}
+
 template <class S>
-void run_head(const SsdArgs& a, const Workspace<S>& w, int64_t batch, int64_t head, const Segment& g, Matrix<S> state) {
+void keep_state(const SsdArgs& a, int64_t batch, int64_t head, int64_t k, Matrix<S> state) {
+  S* kept = kept_state<S>(a, batch, head, k);
+  for (int64_t n = 0; n < a.states; ++n) std::memcpy(kept + n * a.head_dim, state.row(n), a.head_dim * sizeof(S));
+}
+
+// One head in one segment of chunk k.
+template <class S>
+void run_head(const SsdArgs& a, const SsdItem& item, int64_t head, int64_t k, const Segment& g, const Workspace<S>& w,
+              Matrix<S> state) {
   const SsdSizes<S> size(a);
   const int64_t tokens = padded<S>(g.count);
   Steps<S> steps;
-  steps.load(a, batch, head, g, tokens);
-  load_tokens(a.x, batch, g, head, a.head_dim, tokens, size.head_dim, w.x);
+  steps.load(a, item.batch, head, g, tokens);
+  load_tokens(a.x, item.batch, g, head, a.head_dim, tokens, size.head_dim, w.x);
   mix(w.shared, steps, value(a.D, head, S(0)), tokens, w.Mt);
+  int64_t part = 0, parts = tiles_of<S>(tokens, size.head_dim);
   for_each_tile<S>(tokens, size.head_dim, [&](auto tile) {
+    prefetch_tokens<true>(a.y, item.batch, g, head, a.head_dim, part++, parts);
     if (g.enters) {
       tile.add(w.shared.C, state, 0, size.states);
       tile.scale_rows(steps.from_start);
@@ -53,40 +70,47 @@ void run_head(const SsdArgs& a, const Workspace<S>& w, int64_t batch, int64_t he
     tile.add_transposed(w.Mt, w.x, 0, tile.row + TILE_ROWS);
     tile.store(w.y);
   });
-  store_tokens(a.y, batch, g, head, a.head_dim, w.y);
-  if (!g.leaves) return;
-  for (int64_t j = 0; j < tokens; ++j) {
-    const S weight = steps.to_end[j] * steps.dt[j];
-    for (int64_t p = 0; p < size.head_dim; ++p) w.x_end.row(j)[p] = weight * w.x.row(j)[p];
+  if (g.leaves) {
+    for (int64_t j = 0; j < tokens; ++j) {
+      const S weight = steps.to_end[j] * steps.dt[j];
+      for (int64_t p = 0; p < size.head_dim; ++p) w.x_end.row(j)[p] = weight * w.x.row(j)[p];
+    }
+    const S whole = steps.whole(g);
+    const Ahead next = ahead(a, item, head, g);
+    const bool keeps = a.before && g.start + g.count < a.tokens, vectors = keeps_vectors<S>(a);
+    const Matrix<S> kept{keeps ? kept_state<S>(a, item.batch, head, k + 1) : nullptr, a.head_dim};
+    part = 0, parts = tiles_of<S>(size.states, size.head_dim);
+    for_each_tile<S>(size.states, size.head_dim, [&](auto tile) {
+      prefetch_tokens(a.x, item.batch, next.tokens, next.head, a.head_dim, part++, parts);
+      if (g.enters) tile.for_each([&](auto& s, int64_t n, int64_t p) { s = whole * Lanes<S>::load(state.row(n) + p); });
+      tile.add_transposed(w.shared.B, w.x_end, 0, tokens);
+      tile.store(state);
+      // Between two tiles the way to memory is free; a copy of the whole would wait for it.
+      if (keeps && vectors) tile.stream(kept);
+    });
+    if (keeps && !vectors) keep_state(a, item.batch, head, k + 1, state);
   }
-  const S whole = steps.whole(g);
-  for_each_tile<S>(size.states, size.head_dim, [&](auto tile) {
-    if (g.enters) tile.for_each([&](auto& s, int64_t n, int64_t p) { s = whole * Lanes<S>::load(state.row(n) + p); });
-    tile.add_transposed(w.shared.B, w.x_end, 0, tokens);
-    tile.store(state);
-  });
+  store_tokens(a.y, item.batch, g, head, a.head_dim, w.y);
 }
 
 template <class S>
 void run_item(const SsdArgs& a, const SsdItem& item, const Workspace<S>& w) {
   const SsdSizes<S> size(a);
-  auto state = [&](int64_t h) { return Matrix<S>{w.states.row(h * size.states), w.states.pitch}; };
-  for (int64_t h = 0; h < item.heads; ++h) load_state(a.initial, item.batch, item.head + h, a, w.flat, state(h));
+  auto state = [&](int64_t h) { return Matrix<S>{w.states.row((h - item.head) * size.states), w.states.pitch}; };
+  for (int64_t h = item.head; h < item.head + item.heads; ++h) {
+    load_state(a.initial, item.batch, h, a, w.flat, state(h));
+    if (a.before && a.tokens > 0) keep_state(a, item.batch, h, 0, state(h));
+  }
   for (int64_t k = 0; k < chunks_of(a); ++k) {
-    if (a.before)
-      for (int64_t h = 0; h < item.heads; ++h) {
-        S* kept = kept_state<S>(a, item.batch, item.head + h, k);
-        for (int64_t n = 0; n < a.states; ++n)
-          std::memcpy(kept + n * a.head_dim, state(h).row(n), a.head_dim * sizeof(S));
-      }
     Segment segments[SSD_CHUNK];
     const int64_t count = segments_of(a, item.batch, k, segments);
     for (int64_t s = 0; s < count; ++s) {
       w.shared.load(a, item.batch, item.group, segments[s], padded<S>(segments[s].count));
-      for (int64_t h = 0; h < item.heads; ++h) run_head(a, w, item.batch, item.head + h, segments[s], state(h));
+      for (int64_t h = item.head; h < item.head + item.heads; ++h) run_head(a, item, h, k, segments[s], w, state(h));
     }
   }
-  for (int64_t h = 0; h < item.heads; ++h) store_state(a.state, item.batch, item.head + h, a, w.flat, state(h));
+  for (int64_t h = item.head; h < item.head + item.heads; ++h) store_state(a.state, item.batch, h, a, w.flat, state(h));
+  end_stream();
 }
 
 template <class S>

@@ -78,6 +78,12 @@ inline int64_t segments_of(const SsdArgs& a, int64_t batch, int64_t k, Segment* 
   return count;
 }
 
+// What a work item reads next: the tokens of another head.
+struct Ahead {
+  Segment tokens;
+  int64_t head;
+};
+
 inline int64_t chunks_of(const SsdArgs& a) { return (a.tokens + SSD_CHUNK - 1) / SSD_CHUNK; }
 
 // Calls of at most so many tokens take the recurrence itself.
@@ -117,6 +123,30 @@ inline void store_tokens(const View& v, int64_t batch, const Segment& g, int64_t
   }
 }
 
+inline int64_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
+// Asks for one of the `parts` of a token tensor's rows ahead of time, to be read or to be written. Rows lie in
+// different pages, where the processor's own prefetching stops; between two tiles the requests cost next to nothing.
+template <bool WRITE = false>
+HYBRID_LM_FN void prefetch_tokens(const View& v, int64_t batch, const Segment& g, int64_t k, int64_t count,
+                                  int64_t part, int64_t parts) {
+  if (!v) return;
+  const int64_t size = bytes_of(v.type);
+  for (int64_t t = part; t < g.count; t += parts) {
+    const char* row = static_cast<const char*>(v.data) +
+                      (batch * v.stride[0] + (g.start + t) * v.stride[1] + k * v.stride[2]) * size;
+    for (int64_t byte = 0; byte < count * v.stride[3] * size; byte += 64) __builtin_prefetch(row + byte, WRITE, 2);
+  }
+}
+
+// The same for bytes that lie together.
+template <bool WRITE = false>
+HYBRID_LM_FN void prefetch(const void* data, int64_t bytes, int64_t part, int64_t parts) {
+  const int64_t some = (bytes / 64 + parts - 1) / parts * 64, end = (part + 1) * some;
+  for (int64_t at = part * some; at < end && at < bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(data) + at, WRITE, 2);
+}
+
 template <class S>
 inline void fill(Matrix<S> m, int64_t rows, int64_t columns, S with) {
   for (int64_t r = 0; r < rows; ++r)
@@ -125,7 +155,8 @@ inline void fill(Matrix<S> m, int64_t rows, int64_t columns, S with) {
 
 // A head's state (p n) of a (b h p n) tensor, as (n p); `space` holds (p n).
 template <class S>
-inline void load_state(const View& v, int64_t batch, int64_t head, const SsdArgs& a, Matrix<S> space, Matrix<S> to) {
+inline void load_state(const View& v, int64_t batch, int64_t head, const SsdArgs& a, Matrix<S> space,
+                       Matrix<S> to) {
   const SsdSizes<S> size(a);
   if (!v) return fill(to, size.states, size.head_dim, S(0));
   fill(space, size.head_dim, size.states, S(0));
@@ -136,7 +167,8 @@ inline void load_state(const View& v, int64_t batch, int64_t head, const SsdArgs
 }
 
 template <class S>
-inline void store_state(const View& v, int64_t batch, int64_t head, const SsdArgs& a, Matrix<S> space, Matrix<S> from) {
+inline void store_state(const View& v, int64_t batch, int64_t head, const SsdArgs& a, Matrix<S> space,
+                        Matrix<S> from) {
   const SsdSizes<S> size(a);
   if (!v) return;
   transpose(from, size.states, size.head_dim, space);
@@ -149,6 +181,13 @@ inline void store_state(const View& v, int64_t batch, int64_t head, const SsdArg
 template <class S>
 inline S* kept_state(const SsdArgs& a, int64_t batch, int64_t head, int64_t k) {
   return static_cast<S*>(a.before.data) + ((k * a.batch + batch) * a.heads + head) * a.states * a.head_dim;
+}
+
+// Whether a kept state can be used as a matrix where it lies: it has no padding and whole vectors start its rows.
+template <class S>
+inline bool keeps_vectors(const SsdArgs& a) {
+  const bool unpadded = a.head_dim == padded<S>(a.head_dim) && a.states == padded<S>(a.states);
+  return unpadded && reinterpret_cast<uintptr_t>(a.before.data) % VECTOR_BYTES == 0;
 }
 
 // The steps of one head in one segment.
@@ -185,7 +224,8 @@ struct Steps {
 
 template <class S>
 inline void Steps<S>::load_dt(const SsdArgs& a, int64_t batch, int64_t head, const Segment& g, int64_t tokens) {
-  load_row(a.dt, batch * a.dt.stride[0] + g.start * a.dt.stride[1] + head * a.dt.stride[2], a.dt.stride[1], g.count, dt);
+  const int64_t offset = batch * a.dt.stride[0] + g.start * a.dt.stride[1] + head * a.dt.stride[2];
+  load_row(a.dt, offset, a.dt.stride[1], g.count, dt);
   for (int64_t i = g.count; i < tokens; ++i) dt[i] = 0;
   const S bias = value(a.dt_bias, head, S(0));
   const V lowest = L::broadcast(S(a.dt_low)), highest = L::broadcast(S(a.dt_high));

@@ -95,10 +95,12 @@ struct Head {
 
   const SsdGradArgs& a;
   const Workspace<S>& w;
+  const GroupSums<S>& sums;
   const SsdSizes<S> size;
   const int64_t batch, head, chunk;
   const Segment g;
   const bool asked;  // gS is there
+  const Ahead next;
   const int64_t tokens;
   const Matrix<S> gS;
   Matrix<S> state;  // the one before the segment
@@ -109,17 +111,18 @@ struct Head {
   alignas(64) S by_B[SSD_CHUNK] = {};    // B_j . (gS^T x_j)
   S gD = 0, kept = 0;                    // kept: sum of S gS
 
-  Head(const SsdGradArgs& a, const Workspace<S>& w, int64_t batch, int64_t head, int64_t chunk, const Segment& g,
-       bool asked, Matrix<S> gS)
-      : a(a), w(w), size(a), batch(batch), head(head), chunk(chunk), g(g), asked(asked), tokens(padded<S>(g.count)), gS(gS) {}
+  Head(const SsdGradArgs& a, const Workspace<S>& w, const GroupSums<S>& sums, int64_t batch, int64_t head, int64_t chunk,
+       const Segment& g, bool asked, const Ahead& next, Matrix<S> gS)
+      : a(a), w(w), sums(sums), size(a), batch(batch), head(head), chunk(chunk), g(g), asked(asked), next(next),
+        tokens(padded<S>(g.count)), gS(gS) {}
 
   void load();
   void mix();
   void find_gx();
   void find_pairs();
   void find_gS();
-  void find_gdt(HeadSums& sums);
-  void run(HeadSums& sums);
+  void find_gdt(HeadSums& total);
+  void run(HeadSums& total);
 };
 
 template <class S>
@@ -131,11 +134,8 @@ void Head<S>::load() {
   transpose(w.gy, tokens, size.head_dim, w.gyt);
   if (!g.enters) return;
   S* kept_here = kept_state<S>(a, batch, head, chunk);
-  if (a.head_dim == size.head_dim && a.states == size.states) {
-    state = {kept_here, a.head_dim};
-    return;
-  }
-  state = w.state;
+  state = keeps_vectors<S>(a) ? Matrix<S>{kept_here, a.head_dim} : w.state;
+  if (state.data == kept_here) return;
   fill(state, size.states, size.head_dim, S(0));
   for (int64_t n = 0; n < a.states; ++n)
     std::memcpy(state.row(n), kept_here + n * a.head_dim, a.head_dim * sizeof(S));
@@ -156,7 +156,10 @@ void Head<S>::mix() {
 template <class S>
 void Head<S>::find_gx() {
   const S D = value(a.D, head, S(0));
+  int64_t part = 0, parts = tiles_of<S>(tokens, size.head_dim);
   for_each_tile<S>(tokens, size.head_dim, [&](auto tile) {
+    if (g.enters) prefetch(state.data, a.states * state.pitch * sizeof(S), part, parts);
+    prefetch_tokens<true>(a.gx, batch, g, head, a.head_dim, part++, parts);
     if (asked) {
       tile.add(w.shared.B, gS, 0, size.states);
       tile.scale_rows(steps.to_end);
@@ -165,7 +168,6 @@ void Head<S>::find_gx() {
     tile.for_each([&](V& s, int64_t j, int64_t p) { s = s * steps.dt[j] + L::load(w.gy.row(j) + p) * D; });
     tile.store(w.gx);
   });
-  store_tokens(a.gx, batch, g, head, a.head_dim, w.gx);
 }
 
 // gM, and what it says of C.B^T, the decays and dt.
@@ -182,7 +184,7 @@ void Head<S>::find_pairs() {
       for (int v = 0; v * L::COUNT < tile.COLUMNS; ++v) {
         const int64_t i = tile.column + v * L::COUNT;
         const V gM = tile.sum[r][v], number = Steps<S>::numbers(i);
-        S* gCB = w.sums.gCBt.row(j) + i;
+        S* gCB = sums.gCBt.row(j) + i;
         L::store(gCB, L::load(gCB) + L::select(number >= S(j), gM * L::load(w.Lt.row(j) + i) * dt, V{}));
         const V gMM = gM * L::load(w.Mt.row(j) + i);
         // The diagonal's two parts cancel in gs: they are left out rather than left to rounding.
@@ -235,7 +237,10 @@ void Head<S>::find_gS() {
     for (int64_t p = 0; p < size.head_dim; ++p) w.gy_start.row(i)[p] = steps.from_start[i] * w.gy.row(i)[p];
   const S whole = steps.whole(g);
   V sum{};
+  int64_t part = 0, parts = tiles_of<S>(size.states, size.head_dim);
   for_each_tile<S>(size.states, size.head_dim, [&](auto tile) {
+    prefetch_tokens(a.x, batch, next.tokens, next.head, a.head_dim, part, parts);
+    prefetch_tokens(a.gy, batch, next.tokens, next.head, a.head_dim, part++, parts);
     if (asked)
       tile.for_each([&](V& s, int64_t n, int64_t p) {
         const V after = L::load(gS.row(n) + p);
@@ -249,7 +254,7 @@ void Head<S>::find_gS() {
 }
 
 template <class S>
-void Head<S>::find_gdt(HeadSums& sums) {
+void Head<S>::find_gdt(HeadSums& total) {
   const int64_t last = g.count - 1;
   for (int64_t i = 0; i < g.count; ++i) {
     const S written = by_B[i] * steps.to_end[i];
@@ -269,29 +274,37 @@ void Head<S>::find_gdt(HeadSums& sums) {
     // No state, no decay: see Steps::load.
     const S gdecay = i > 0 || g.enters ? S(later) : S(0);
     gdt[i] = (gdt[i] + gdecay * rate) * steps.slope[i];
-    sums.A += double(gdecay) * steps.dt[i];
-    sums.dt_bias += gdt[i];
+    total.A += double(gdecay) * steps.dt[i];
+    total.dt_bias += gdt[i];
   }
-  sums.D += gD;
+  total.D += gD;
   const View& to = a.gdt;
   store_row(to, batch * to.stride[0] + g.start * to.stride[1] + head * to.stride[2], to.stride[1], g.count, gdt);
 }
 
 template <class S>
-void Head<S>::run(HeadSums& sums) {
+void Head<S>::run(HeadSums& total) {
   load();
   mix();
   find_gx();
   find_pairs();
   if (g.enters)
-    product_with_state(state, w.gyt, w.shared.Ct, steps.from_start, size, tokens, w.sums.gCt, by_C);
+    product_with_state(state, w.gyt, w.shared.Ct, steps.from_start, size, tokens, sums.gCt, by_C);
   if (asked) {
     alignas(64) S weight[SSD_CHUNK];
     for (int64_t j = 0; j < tokens; ++j) weight[j] = steps.to_end[j] * steps.dt[j];
-    product_with_state(gS, w.xt, w.Bt, weight, size, tokens, w.sums.gBt, by_B);
+    product_with_state(gS, w.xt, w.Bt, weight, size, tokens, sums.gBt, by_B);
   }
   if (g.enters) find_gS();
-  find_gdt(sums);
+  find_gdt(total);
+  store_tokens(a.gx, batch, g, head, a.head_dim, w.gx);
+}
+
+// After a head comes the next head, after the last one the first head of the chunk before.
+inline Ahead ahead(const SsdItem& item, int64_t head, const Segment& g) {
+  if (head + 1 < item.head + item.heads) return {g, head + 1};
+  const int64_t start = g.start > SSD_CHUNK ? g.start - SSD_CHUNK : 0;
+  return {{start, g.start - start, true, true}, item.head};
 }
 
 // The whole backward pass: its memory, and the two kinds of work items.
@@ -344,12 +357,14 @@ void Backward<S>::run_chunk(const SsdItem& item, int64_t chunk, const GroupSums<
     const int64_t tokens = padded<S>(g.count);
     w.shared.load(a, item.batch, item.group, g, tokens);
     transpose(w.shared.B, tokens, size.states, w.Bt);
-    w.sums.clear(size.states, tokens);
+    const GroupSums<S>& here = count == 1 ? sums : w.sums;
+    here.clear(size.states, tokens);
     for (int64_t h = item.head; h < item.head + item.heads; ++h)
-      Head<S>(a, w, item.batch, h, chunk, g, asked && g.leaves, head_gS(item.batch, h))
+      Head<S>(a, w, here, item.batch, h, chunk, g, asked && g.leaves, ahead(item, h, g), head_gS(item.batch, h))
           .run(head_sums[item.batch * a.heads + h]);
-    sums.match(w.sums, a.states, g.start - chunk * SSD_CHUNK, g.count,
-               [](S* whole, const S* part, int64_t n) { std::memcpy(whole, part, n * sizeof(S)); });
+    if (count > 1)
+      sums.match(w.sums, a.states, g.start - chunk * SSD_CHUNK, g.count,
+                 [](S* whole, const S* part, int64_t n) { std::memcpy(whole, part, n * sizeof(S)); });
   }
 }
 
