@@ -3,13 +3,14 @@
 
 namespace hybrid_lm {
 namespace HYBRID_LM_ISA {
+namespace {
 
 // The last w - 1 inputs, those before the last reset zeroed.
 template <class S>
 void conv_state(ConvInputs<S>& in, const S** rows) {
   const int64_t before = in.taps - 1;
   in.window(in.args.tokens - before, in.args.tokens - 1, rows);
-  for (int64_t k = 0; k < before; ++k) write_row(in.args.state, in.item, k, rows[k]);
+  for (int64_t k = 0; k < before; ++k) write_conv_row(in.args.state, in.item, k, rows[k]);
 }
 
 template <class S, int TAPS>
@@ -52,6 +53,8 @@ void conv_as(const ConvArgs& a) {
     default: return conv_items<S, 0>(a);
   }
 }
+
+}  // namespace
 
 void conv(const ConvArgs& a) { a.x.type == Type::f64 ? conv_as<double>(a) : conv_as<float>(a); }
 

@@ -21,7 +21,8 @@ constexpr int CONV_BLOCK = VECTOR_BYTES == 64 ? 8 : 4;
 struct ConvGrid {
   int64_t batch, tokens, width, length = 256, stretches, tiles;
 
-  ConvGrid(const ConvArgs& a) : batch(a.batch), tokens(a.tokens), width(a.width), tiles((a.width + CONV_TILE - 1) / CONV_TILE) {
+  explicit ConvGrid(const ConvArgs& a)
+      : batch(a.batch), tokens(a.tokens), width(a.width), tiles((a.width + CONV_TILE - 1) / CONV_TILE) {
     // Of many taps, few stretches: each has its own sums of the gradients of the weights.
     while (length < 8 * a.taps) length *= 2;
     stretches = stretches_of(length);
@@ -37,8 +38,8 @@ struct ConvGrid {
 };
 
 struct ConvItem {
-  int64_t batch, begin, end;     // tokens begin ... end - 1
-  int64_t channel, channels, pitch;       // pitch: channels, filled up to whole vectors
+  int64_t batch, begin, end;         // tokens begin ... end - 1
+  int64_t channel, channels, pitch;  // the first channel, their number, and that filled up to whole vectors
 
   ConvItem(const ConvGrid& grid, int64_t item, int64_t lanes) {
     channel = item % grid.tiles * CONV_TILE;
@@ -50,13 +51,12 @@ struct ConvItem {
   }
 };
 
-// Rows of scratch memory, handed out one after the other.
+// Rows of scratch memory, handed out one after the other, and an array of pointers to rows.
 template <class S>
 struct ConvScratch {
   S* next;
   int64_t pitch;
 
-  // `pointers` more bytes are handed out last.
   ConvScratch(int64_t rows, int64_t pitch, int64_t pointers)
       : next(static_cast<S*>(scratch(rows * pitch * sizeof(S) + pointers * sizeof(S*)))), pitch(pitch) {}
 
@@ -65,23 +65,23 @@ struct ConvScratch {
     next += count * pitch;
     return first;
   }
-  S* zeros(int64_t count) {
-    S* first = rows(count);
-    for (int64_t i = 0; i < count * pitch; ++i) first[i] = 0;
-    return first;
+  S* zero_row() {
+    std::memset(next, 0, pitch * sizeof(S));
+    return rows(1);
   }
+  // To be called when all rows have been taken.
   const S** pointers() { return reinterpret_cast<const S**>(next); }
 };
 
 // Row t of an item's part of a tensor (b t d), as S, zeros behind its last channel.
 template <class S>
-void read_row(const View& v, const ConvItem& i, int64_t t, S* to) {
+void read_conv_row(const View& v, const ConvItem& i, int64_t t, S* to) {
   load_row(v, i.batch * v.stride[0] + t * v.stride[1] + i.channel * v.stride[2], v.stride[2], i.channels, to);
   for (int64_t c = i.channels; c < i.pitch; ++c) to[c] = 0;
 }
 
 template <class S>
-void write_row(const View& v, const ConvItem& i, int64_t t, const S* from) {
+void write_conv_row(const View& v, const ConvItem& i, int64_t t, const S* from) {
   store_row(v, i.batch * v.stride[0] + t * v.stride[1] + i.channel * v.stride[2], v.stride[2], i.channels, from);
 }
 
@@ -94,14 +94,15 @@ template <class S>
 struct ConvRows {
   const View& view;
   const ConvItem& item;
-  S* direct;                    // row 0 in the tensor itself, or null where rows are packed;
-  int64_t apart;                // from one row of it to the next
-  S* ring;                      // packed rows: token t is in slot t % slots
+  S* direct;                    // row 0 in the tensor itself, rows `apart`; null if rows have to be packed
+  int64_t apart;
+  S* ring;                      // the packed rows: token t is in slot t % slots
   int64_t slots;
   int64_t first = 0, last = 0;  // tokens first ... last - 1 have been read
 
   // `zeros`: a row of them, which is what an absent tensor holds.
-  ConvRows(const View& v, const ConvItem& i, S* zeros, S* ring, int64_t slots) : view(v), item(i), ring(ring), slots(slots) {
+  ConvRows(const View& v, const ConvItem& i, S* zeros, S* ring, int64_t slots)
+      : view(v), item(i), ring(ring), slots(slots) {
     const bool same = v.type == (sizeof(S) == sizeof(double) ? Type::f64 : Type::f32);
     const bool whole = v.stride[2] == 1 && i.channels == i.pitch;
     direct = same && whole ? static_cast<S*>(v.data) + i.batch * v.stride[0] + i.channel : nullptr;
@@ -115,14 +116,14 @@ struct ConvRows {
   void read(int64_t from, int64_t to) {
     if (direct) return;
     for (int64_t t = from; t < to; ++t)
-      if (t < first || t >= last) read_row(view, item, t, row(t));
+      if (t < first || t >= last) read_conv_row(view, item, t, row(t));
     first = from;
     last = to;
   }
 
   void write(int64_t from, int64_t to) const {
     if (direct) return;
-    for (int64_t t = from; t < to; ++t) write_row(view, item, t, row(t));
+    for (int64_t t = from; t < to; ++t) write_conv_row(view, item, t, row(t));
   }
 };
 
@@ -170,36 +171,37 @@ struct ConvInputs {
       : args(a),
         item(i),
         taps(a.taps),
-        zeros(memory.zeros(1)),
+        zeros(memory.zero_row()),
         weight(memory.rows(taps)),
         bias(memory.rows(1)),
         initial(memory.rows(taps - 1)),
         x(a.x, i, zeros, memory.rows(slots(taps)), slots(taps)),
         resets(a, i.batch) {
-    for (int64_t k = 0; k < taps; ++k) read_row(rows_of_weight(a.weight), i, k, weight + k * i.pitch);
+    for (int64_t k = 0; k < taps; ++k) read_conv_row(rows_of_weight(a.weight), i, k, weight + k * i.pitch);
     if (a.bias)
-      read_row(rows_of_bias(a.bias), i, 0, bias);
+      read_conv_row(rows_of_bias(a.bias), i, 0, bias);
     else
       bias = zeros;
     // Only the first stretch reaches that far back. It is copied: the state may be written over it.
     if (a.initial && i.begin == 0)
-      for (int64_t k = 0; k < taps - 1; ++k) read_row(a.initial, i, k, initial + k * i.pitch);
+      for (int64_t k = 0; k < taps - 1; ++k) read_conv_row(a.initial, i, k, initial + k * i.pitch);
   }
 
   // Points at the inputs from token `first` on that the tokens up to `last`, all of one document, may see.
   void window(int64_t first, int64_t last, const S** rows) {
     const int64_t start = resets.last(first, last);
     x.read(first > 0 ? first : 0, last + 1);
-    for (int64_t t = first; t <= last; ++t)
-      *rows++ = t < start ? zeros : t >= 0 ? x.row(t) : args.initial ? initial + (t + taps - 1) * item.pitch : zeros;
+    for (int64_t t = first; t <= last; ++t) *rows++ = t < start ? zeros : t < 0 ? before(t) : x.row(t);
   }
+
+  const S* before(int64_t t) const { return args.initial ? initial + (t + taps - 1) * item.pitch : zeros; }
 };
 
 // The sums of BLOCK tokens at channels c ...: sums[i] = bias + sum_k weight[k] rows[i + k]. TAPS is 0 where their
 // number is known at run time only.
 template <class S, int TAPS, int BLOCK>
-HYBRID_LM_FN void conv_sums(const S* const* rows, const S* weight, const S* bias, int64_t taps, int64_t pitch, int64_t c,
-                            typename Lanes<S>::V* sums) {
+HYBRID_LM_FN void conv_sums(const S* const* rows, const S* weight, const S* bias, int64_t taps, int64_t pitch,
+                            int64_t c, typename Lanes<S>::V* sums) {
   using L = Lanes<S>;
   for (int i = 0; i < BLOCK; ++i) sums[i] = L::load(bias + c);
   for (int64_t k = 0; k < (TAPS ? TAPS : taps); ++k) {
@@ -210,8 +212,8 @@ HYBRID_LM_FN void conv_sums(const S* const* rows, const S* weight, const S* bias
 
 // Those sums for all channels of a tile.
 template <class S, int TAPS, int BLOCK>
-inline void convolve(const S* const* rows, const S* weight, const S* bias, int64_t taps, int64_t pitch, bool activate,
-                     S* const* out) {
+inline void convolve(const S* const* rows, const S* weight, const S* bias, int64_t taps, int64_t pitch,
+                     bool activate, S* const* out) {
   using L = Lanes<S>;
   for (int64_t c = 0; c < pitch; c += L::COUNT) {
     typename L::V sums[BLOCK];

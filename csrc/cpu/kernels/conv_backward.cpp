@@ -6,6 +6,7 @@
 
 namespace hybrid_lm {
 namespace HYBRID_LM_ISA {
+namespace {
 
 // Turns rows of gy into g, and adds to the tile's sums of gweight (taps rows) and gbias (one more), if given.
 template <class S, int TAPS, int BLOCK>
@@ -34,6 +35,7 @@ inline void conv_slopes(const ConvInputs<S>& in, const S* const* rows, const S* 
   }
 }
 
+// One item: its g and gx, block by block.
 template <class S, int TAPS>
 struct ConvBackward {
   const ConvGradArgs& a;
@@ -42,7 +44,10 @@ struct ConvBackward {
   ConvScratch<S> memory;
   ConvInputs<S> in;
   ConvRows<S> gy, gx;
-  S *g, *mirrored, *extra, *given;  // g: a ring like that of x; weights, the last tap first
+  S* g;         // a ring: token t is in slot t % slots
+  S* mirrored;  // the weights, last tap first
+  S* extra;     // gx of a token of `initial`
+  S* given;     // a row of gstate
   const S** rows;
 
   ConvBackward(const ConvGradArgs& args, const ConvItem& i)
@@ -77,7 +82,7 @@ struct ConvBackward {
     if (item.begin > 0 || !a.ginitial) return;
     for (int64_t k = 0; k < taps - 1; ++k) {
       inputs(k - taps + 1, false);
-      write_row(a.ginitial, item, k, extra);
+      write_conv_row(a.ginitial, item, k, extra);
     }
   }
 
@@ -123,7 +128,7 @@ struct ConvBackward {
   void add_state(int64_t t, S* to) {
     const int64_t k = t - a.tokens + taps - 1;
     if (k < 0 || in.resets.next(t + 1, a.tokens) < a.tokens) return;
-    read_row(a.gstate, item, k, given);
+    read_conv_row(a.gstate, item, k, given);
     for (int64_t c = 0; c < item.pitch; ++c) to[c] += given[c];
   }
 };
@@ -136,23 +141,26 @@ void conv_add_sums(const ConvGradArgs& a, const ConvGrid& grid, S* sums, int64_t
     S* total = sums + tile * apart;
     for (int64_t i = tile + grid.tiles; i < grid.items(); i += grid.tiles)
       for (int64_t c = 0; c < (a.taps + 1) * item.pitch; ++c) total[c] += sums[i * apart + c];
-    for (int64_t k = 0; k < a.taps; ++k) write_row(rows_of_weight(a.gweight), item, k, total + k * item.pitch);
-    if (a.gbias) write_row(rows_of_bias(a.gbias), item, 0, total + a.taps * item.pitch);
+    for (int64_t k = 0; k < a.taps; ++k) write_conv_row(rows_of_weight(a.gweight), item, k, total + k * item.pitch);
+    if (a.gbias) write_conv_row(rows_of_bias(a.gbias), item, 0, total + a.taps * item.pitch);
   });
 }
 
 template <class S, int TAPS>
 void conv_backward_items(const ConvGradArgs& a) {
   const ConvGrid grid(a);
-  const int64_t apart = (a.taps + 1) * CONV_TILE, bytes = grid.items() * apart * int64_t(sizeof(S));
-  S* sums = static_cast<S*>(aligned_alloc(64, bytes));
+  const int64_t lanes = Lanes<S>::COUNT, widest = a.width < CONV_TILE ? a.width : CONV_TILE;
+  const int64_t apart = (a.taps + 1) * ((widest + lanes - 1) / lanes * lanes);
+  // Whole cache lines; without any sequence, one item's sums per tile: zeros.
+  const size_t bytes = ((a.batch ? grid.items() : grid.tiles) * apart * sizeof(S) + 63) / 64 * 64;
+  S* sums = static_cast<S*>(std::aligned_alloc(64, bytes));
+  std::memset(sums, 0, bytes);
   for_each_item(a.parallel, grid.items(), 4 * a.batch * a.tokens * a.width * a.taps, [&](int64_t i) {
     const ConvItem item(grid, i, Lanes<S>::COUNT);
-    for (int64_t c = 0; c < (a.taps + 1) * item.pitch; ++c) sums[i * apart + c] = 0;
     ConvBackward<S, TAPS>(a, item).run(sums + i * apart);
   });
   conv_add_sums(a, grid, sums, apart);
-  free(sums);
+  std::free(sums);
 }
 
 template <class S>
@@ -164,6 +172,8 @@ void conv_backward_as(const ConvGradArgs& a) {
     default: return conv_backward_items<S, 0>(a);
   }
 }
+
+}  // namespace
 
 void conv_backward(const ConvGradArgs& a) {
   a.x.type == Type::f64 ? conv_backward_as<double>(a) : conv_backward_as<float>(a);

@@ -4,11 +4,12 @@
 
 namespace hybrid_lm {
 namespace HYBRID_LM_ISA {
+namespace {
 
 // One group of one row; `gated` is scratch memory for x silu(gate).
 template <class S, int ORDER>
-inline void norm_row(const NormArgs& a, const NormShape<S>& shape, const S* x, const S* gate, const S* factor, S* gated,
-                     S* y) {
+inline void norm_row(const NormArgs& a, const NormShape<S>& shape, const S* x, const S* gate, const S* factor,
+                     S* gated, S* y) {
   using L = Lanes<S>;
   using V = typename L::V;
   const auto gate_at = [&](int64_t c) { return silu<L>(L::load(gate + c)); };
@@ -38,15 +39,15 @@ void norm_items(const NormArgs& a) {
   for_each_item(a.parallel, items, a.rows * a.width * 8, [&](int64_t item) {
     S* memory = static_cast<S*>(scratch((shape.groups + 4) * shape.pitch * sizeof(S)));
     S *gated = memory + 3 * shape.pitch, *factors = gated + shape.pitch;
-    const NormRows<S> x(a.x, shape, memory), gate(a.gate, shape, memory + shape.pitch),
-        y(a.y, shape, memory + 2 * shape.pitch);
+    const NormRows<S> xs(a.x, shape, memory), gates(a.gate, shape, memory + shape.pitch),
+        ys(a.y, shape, memory + 2 * shape.pitch);
     norm_factors(a, shape, factors);
     const int64_t last = (item + 1) * each < a.rows ? (item + 1) * each : a.rows;
     for (int64_t row = item * each; row < last; ++row)
       for (int64_t group = 0; group < shape.groups; ++group) {
-        const S* gates = ORDER == NormArgs::NORM ? nullptr : gate.read(row, group);
-        norm_row<S, ORDER>(a, shape, x.read(row, group), gates, factors + group * shape.pitch, gated, y.at(row, group));
-        y.write(row, group);
+        const S *x = xs.read(row, group), *gate = ORDER == NormArgs::NORM ? nullptr : gates.read(row, group);
+        norm_row<S, ORDER>(a, shape, x, gate, factors + group * shape.pitch, gated, ys.at(row, group));
+        ys.write(row, group);
       }
   });
 }
@@ -60,6 +61,8 @@ void norm_as(const NormArgs& a) {
     case NormArgs::GATE: return norm_items<S, NormArgs::GATE>(a);
   }
 }
+
+}  // namespace
 
 void norm(const NormArgs& a) { a.x.type == Type::f64 ? norm_as<double>(a) : norm_as<float>(a); }
 

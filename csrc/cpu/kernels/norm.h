@@ -1,5 +1,5 @@
-// What the forward and the backward pass of the norms share: a row's group of channels, which is read where it lies if
-// the tensor is contiguous float32 (float64), and packed in scratch memory otherwise.
+// What the forward and the backward pass of the norms share: a row's group of channels, which is used where it lies
+// in contiguous float32 (float64) tensors, and packed in scratch memory otherwise.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -68,8 +68,8 @@ void norm_factors(const NormArgs& a, const NormShape<S>& shape, S* to) {
   }
 }
 
-// K sums over `width` channels: term(c, sums) adds those of the vector at c. Four sets of them, for a vector's addition
-// need not wait for the last one's.
+// K sums over `width` channels: term(c, sums) adds those of the vector at c. There are four sets of them, so that an
+// addition need not wait for the one before it.
 template <class S, int K, class F>
 HYBRID_LM_FN void norm_sums(int64_t width, S* totals, const F& term) {
   using L = Lanes<S>;

@@ -1,11 +1,12 @@
-// rms_norm and gated_rms_norm, backward. With v what the norm is taken of, scale = 1 / sqrt(mean(v^2) + eps), u = v scale
-// and gu the gradient of u: gv = scale (gu - u mean(gu u)).
+// rms_norm and gated_rms_norm, backward. With v what the norm is taken of, scale = 1 / sqrt(mean(v^2) + eps),
+// u = v scale and gu the gradient of u: gv = scale (gu - u mean(gu u)).
 #include <cstdlib>
 
 #include "cpu/kernels/norm.h"
 
 namespace hybrid_lm {
 namespace HYBRID_LM_ISA {
+namespace {
 
 // The rows of one group.
 template <class S>
@@ -80,23 +81,30 @@ void norm_rows_backward(const NormGradArgs& a, const NormShape<S>& shape, int64_
     }
 }
 
+// gweight: the items' sums, added in their order.
+template <class S>
+void norm_add_sums(const NormGradArgs& a, const NormShape<S>& shape, int64_t items, S* sums) {
+  const int64_t width = shape.groups * shape.pitch, stride = a.gweight.stride[0];
+  for (int64_t item = 1; item < items; ++item)
+    for (int64_t c = 0; c < width; ++c) sums[c] += sums[item * width + c];
+  for (int64_t group = 0; group < shape.groups; ++group)
+    store_row(a.gweight, group * shape.channels * stride, stride, shape.channels, sums + group * shape.pitch);
+}
+
 template <class S, int ORDER>
 void norm_items_backward(const NormGradArgs& a) {
   const NormShape<S> shape(a);
   const int64_t each = norm_block(a.rows), items = (a.rows + each - 1) / each, width = shape.groups * shape.pitch;
-  // One row of sums per item, added in the items' order.
-  S* sums = a.gweight ? static_cast<S*>(calloc((items + 1) * width, sizeof(S))) : nullptr;
+  // Whole cache lines, and at least one item's sums: without rows they are zeros.
+  const size_t bytes = ((items ? items : 1) * width * sizeof(S) + 63) / 64 * 64;
+  S* sums = a.gweight ? static_cast<S*>(std::aligned_alloc(64, bytes)) : nullptr;
+  if (sums) std::memset(sums, 0, bytes);
   for_each_item(a.parallel, items, a.rows * a.width * 16, [&](int64_t item) {
     const int64_t last = (item + 1) * each < a.rows ? (item + 1) * each : a.rows;
-    norm_rows_backward<S, ORDER>(a, shape, item * each, last, sums ? sums + (item + 1) * width : nullptr);
+    norm_rows_backward<S, ORDER>(a, shape, item * each, last, sums ? sums + item * width : nullptr);
   });
-  if (!sums) return;
-  for (int64_t item = 1; item <= items; ++item)
-    for (int64_t c = 0; c < width; ++c) sums[c] += sums[item * width + c];
-  const int64_t stride = a.gweight.stride[0];
-  for (int64_t group = 0; group < shape.groups; ++group)
-    store_row(a.gweight, group * shape.channels * stride, stride, shape.channels, sums + group * shape.pitch);
-  free(sums);
+  if (sums) norm_add_sums(a, shape, items, sums);
+  std::free(sums);
 }
 
 template <class S>
@@ -109,7 +117,11 @@ void norm_as_backward(const NormGradArgs& a) {
   }
 }
 
-void norm_backward(const NormGradArgs& a) { a.x.type == Type::f64 ? norm_as_backward<double>(a) : norm_as_backward<float>(a); }
+}  // namespace
+
+void norm_backward(const NormGradArgs& a) {
+  a.x.type == Type::f64 ? norm_as_backward<double>(a) : norm_as_backward<float>(a);
+}
 
 }  // namespace HYBRID_LM_ISA
 }  // namespace hybrid_lm
