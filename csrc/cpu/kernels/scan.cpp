@@ -29,10 +29,15 @@ void scan_item(const ScanArgs& a, int64_t item, int64_t group) {
     v.load_chunk(at);
     if (a.before)
       for (int64_t n = 0; n < a.states; ++n) std::memcpy(v.kept(n), v.h + n * v.width, v.count * sizeof(S));
+    const int64_t pieces = (a.states + STATES - 1) / STATES * (v.width / L::COUNT);
+    int64_t piece = 0;
     for_state_blocks(a.states, [&](auto size, int64_t n) {
-      for (int64_t i = 0; i < v.width; i += L::COUNT)
+      for (int64_t i = 0; i < v.width; i += L::COUNT, ++piece) {
+        for (const View* next : {&a.x, &a.dt, &a.z}) v.prefetch(*next, at + SCAN_CHUNK, piece, pieces);
+        v.template prefetch<true>(a.y, at, piece, pieces);
         scan_forward<size()>(v.tokens(i, n), v.lanes(v.rates, i, n), v.lanes(v.h, i, n), v.width / L::COUNT,
                              v.lanes(v.y, i));
+      }
     });
     finish_chunk(v);
   }

@@ -5,6 +5,7 @@
 // is worked on one vector of channels and a few states at a time, whose states stay in registers.
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "cpu/kernels.h"
@@ -66,15 +67,18 @@ template <class S>
 struct ScanTile {
   using L = Lanes<S>;
   using V = typename L::V;
+  static constexpr Type OWN = std::is_same_v<S, float> ? Type::f32 : Type::f64;
 
   const ScanArgs& a;
   int64_t row, first, count;  // of the batch; of the channels; channels that are there
   int64_t width;              // channels in scratch, whole vectors: those beyond `count` are zero
   S *rates, *h;               // [state][channel]
   S *dt, *input, *y;          // [token][channel]
-  S *B, *C;                   // [token][state]
+  const S *B, *C;             // [token][state], `B_step` and `C_step` apart
+  int64_t B_step, C_step;
   S *bias, *D;                // [channel]
   S *line;                    // one row, while it is packed
+  S *packed_B, *packed_C;
   uint8_t* reset;             // [token]
   int64_t start = 0;          // the chunk's first token
   int steps = 0;
@@ -93,7 +97,7 @@ struct ScanTile {
     rates = memory.take<S>(a.states * group), h = memory.take<S>(a.states * group);
     dt = memory.take<S>(SCAN_CHUNK * group), input = memory.take<S>(SCAN_CHUNK * group);
     y = memory.take<S>(SCAN_CHUNK * group);
-    B = memory.take<S>(SCAN_CHUNK * a.states), C = memory.take<S>(SCAN_CHUNK * a.states);
+    packed_B = memory.take<S>(SCAN_CHUNK * a.states), packed_C = memory.take<S>(SCAN_CHUNK * a.states);
     bias = memory.take<S>(group), D = memory.take<S>(group), line = memory.take<S>(group);
     reset = memory.take<uint8_t>(SCAN_CHUNK);
     pack(a.dt_bias, first * a.dt_bias.stride[0], a.dt_bias.stride[0], bias);
@@ -115,8 +119,7 @@ struct ScanTile {
   // A row of tensor (b t d) as whole vectors: in place if it is that already, else packed into `to`.
   const S* channels(const View& v, int64_t t, S* to) const {
     const int64_t offset = row * v.stride[0] + (start + t) * v.stride[1] + first * v.stride[2];
-    constexpr Type own = std::is_same_v<S, float> ? Type::f32 : Type::f64;
-    if (v && v.type == own && v.stride[2] == 1 && count == width) return static_cast<const S*>(v.data) + offset;
+    if (v && v.type == OWN && v.stride[2] == 1 && count == width) return static_cast<const S*>(v.data) + offset;
     pack(v, offset, v.stride[2], to);
     return to;
   }
@@ -142,28 +145,55 @@ struct ScanTile {
            ((start / SCAN_CHUNK * a.batch + row) * a.states + n) * a.width + first;
   }
 
-  // The chunk that begins at token `at`: dt and dt x after bias and softplus, B, C, and y = D x.
-  void load_chunk(int64_t at) {
+  // The chunk's rows of B or C (b t n), in place if they can be read there.
+  const S* states_of(const View& v, S* to, int64_t& step) const {
+    const int64_t offset = row * v.stride[0] + start * v.stride[1];
+    step = v.type == OWN && v.stride[2] == 1 ? v.stride[1] : a.states;
+    if (v.type == OWN && v.stride[2] == 1) return static_cast<const S*>(v.data) + offset;
+    for (int t = 0; t < steps; ++t)
+      load_row(v, offset + t * v.stride[1], v.stride[2], a.states, to + t * a.states);
+    return to;
+  }
+
+  // The chunk that begins at token `at`: dt and dt x after bias and softplus, B, C, and y = D x. `slope`: what
+  // softplus multiplies a gradient by, for the backward pass.
+  void load_chunk(int64_t at, S* slope = nullptr) {
     start = at, steps = int(a.tokens - at < SCAN_CHUNK ? a.tokens - at : SCAN_CHUNK);
+    B = states_of(a.B, packed_B, B_step), C = states_of(a.C, packed_C, C_step);
     for (int t = 0; t < steps; ++t) {
-      load_row(a.B, row * a.B.stride[0] + (at + t) * a.B.stride[1], a.B.stride[2], a.states, B + t * a.states);
-      load_row(a.C, row * a.C.stride[0] + (at + t) * a.C.stride[1], a.C.stride[2], a.states, C + t * a.states);
       const auto* r = static_cast<const uint8_t*>(a.reset.data);
       reset[t] = r ? r[row * a.reset.stride[0] + (at + t) * a.reset.stride[1]] : 0;
       S *dt_t = dt + t * width, *input_t = input + t * width, *y_t = y + t * width;
       const S *x = channels(a.x, t, line), *raw = channels(a.dt, t, dt_t);
       for (int64_t i = 0; i < width; i += L::COUNT) {
         V step = L::load(raw + i) + L::load(bias + i), v = L::load(x + i);
+        if (slope) L::store(slope + t * width + i, a.dt_softplus ? sigmoid<L>(step) : L::broadcast(1));
         if (a.dt_softplus) step = softplus<L>(step);
         L::store(dt_t + i, step), L::store(input_t + i, step * v), L::store(y_t + i, v * L::load(D + i));
       }
     }
   }
 
+  // Asks for one of the `parts` of a chunk's rows of a tensor (b t d) ahead of time, to be read or to be written. Rows
+  // lie in different pages, where the processor's own prefetching stops; between two pieces of arithmetic the
+  // requests cost next to nothing. (Inlined by force: GCC takes a function that only prefetches for one without effect
+  // and drops the call.)
+  template <bool WRITE = false>
+  HYBRID_LM_FN void prefetch(const View& v, int64_t at, int64_t part, int64_t parts) const {
+    if (!v || at < 0) return;
+    const int64_t size = v.type == Type::f64 ? 8 : v.type == Type::f32 ? 4 : 2;
+    const int64_t end = at + SCAN_CHUNK < a.tokens ? at + SCAN_CHUNK : a.tokens;
+    for (int64_t t = at + part; t < end; t += parts) {
+      const char* p = static_cast<const char*>(v.data) +
+                      (row * v.stride[0] + t * v.stride[1] + first * v.stride[2]) * size;
+      for (int64_t byte = 0; byte < count * v.stride[2] * size; byte += 64) __builtin_prefetch(p + byte, WRITE, 2);
+    }
+  }
+
   // The tokens of the chunk for the vector of channels at `i`, states from `n` on.
   ScanTokens<L> tokens(int64_t i, int64_t n) const {
     return {steps, width / L::COUNT, reinterpret_cast<const V*>(dt + i), reinterpret_cast<const V*>(input + i),
-            B + n, C + n, a.states, reset};
+            B + n, C + n, B_step, C_step, reset};
   }
   V* lanes(S* p, int64_t i, int64_t n = 0) const { return reinterpret_cast<V*>(p + n * width + i); }
 };

@@ -22,14 +22,14 @@ struct ScanGradTile : ScanTile<S> {
   const ScanGradArgs& args;
   S *gh, *gA;             // [state][channel]: what later tokens ask of the state; the gradient of A
   S *gout, *ginput, *gdt;  // [token][channel]
+  S *dt_slope, *gate;      // [token][channel]: what softplus, and y before the gate, are multiplied by
   S *gD, *gbias;          // [channel]
-  S *line2, *line3;
-  V *decay, *states, *lanes_gB, *lanes_gC;  // [token][one of STATES]
+  void* trace;            // ScanTrace<N>[token]
 
   static int64_t bytes(const ScanArgs& a, int64_t group) {
     return ScanTile<S>::bytes(a, group) + Carver::bytes<S>(a.states * group) * 2 +
-           Carver::bytes<S>(SCAN_CHUNK * group) * 3 + Carver::bytes<S>(group) * 4 +
-           Carver::bytes<V>(SCAN_CHUNK * STATES) * 4;
+           Carver::bytes<S>(SCAN_CHUNK * group) * 5 + Carver::bytes<S>(group) * 2 +
+           Carver::bytes<ScanTrace<STATES, V>>(SCAN_CHUNK);
   }
 
   ScanGradTile(const ScanGradArgs& a, int64_t item, int64_t group, Carver& memory)
@@ -37,43 +37,63 @@ struct ScanGradTile : ScanTile<S> {
     gh = memory.take<S>(a.states * group), gA = memory.take<S>(a.states * group);
     gout = memory.take<S>(SCAN_CHUNK * group), ginput = memory.take<S>(SCAN_CHUNK * group);
     gdt = memory.take<S>(SCAN_CHUNK * group);
+    dt_slope = memory.take<S>(SCAN_CHUNK * group), gate = memory.take<S>(SCAN_CHUNK * group);
     gD = memory.take<S>(group), gbias = memory.take<S>(group);
-    line2 = memory.take<S>(group), line3 = memory.take<S>(group);
-    decay = memory.take<V>(SCAN_CHUNK * STATES), states = memory.take<V>(SCAN_CHUNK * STATES);
-    lanes_gB = memory.take<V>(SCAN_CHUNK * STATES), lanes_gC = memory.take<V>(SCAN_CHUNK * STATES);
+    trace = memory.take<ScanTrace<STATES, V>>(SCAN_CHUNK);
     fill_zero(gA, a.states * this->width), fill_zero(gD, this->width), fill_zero(gbias, this->width);
   }
 
-  // gout = gy silu(z): what the gated output asks of the sum under the gate.
+  // gout = gy silu(z): what the gated output asks of the sum under the gate; and what z gets of that sum.
   void load_gradients() {
     for (int t = 0; t < this->steps; ++t) {
-      S* out = gout + t * this->width;
-      const S* gy = this->channels(args.gy, t, out);
+      const int64_t at = t * this->width;
+      const S* gy = this->channels(args.gy, t, gout + at);
       const S* z = this->a.z ? this->channels(this->a.z, t, this->line) : nullptr;
-      for (int64_t i = 0; i < this->width; i += L::COUNT)
-        L::store(out + i, z ? L::load(gy + i) * silu<L>(L::load(z + i)) : L::load(gy + i));
+      for (int64_t i = 0; i < this->width; i += L::COUNT) {
+        V g = L::load(gy + i);
+        if (z) {
+          const V v = L::load(z + i), s = sigmoid<L>(v);
+          L::store(gate + at + i, g * silu_slope<L>(v, s));
+          g = g * (v * s);
+        }
+        L::store(gout + at + i, g);
+      }
     }
     fill_zero(ginput, this->steps * this->width), fill_zero(gdt, this->steps * this->width);
   }
 
+  // Asks for one of the `parts` of the states before the chunk that comes next.
+  HYBRID_LM_FN void prefetch_state(int64_t part, int64_t parts) const {
+    for (int64_t n = part; n < this->a.states; n += parts) {
+      const char* p = reinterpret_cast<const char*>(this->kept(n) - this->a.batch * this->a.states * this->a.width);
+      for (int64_t byte = 0; byte < this->count * int64_t(sizeof(S)); byte += 64) __builtin_prefetch(p + byte, 0, 2);
+    }
+  }
+
   // The chunk's part of the recurrence: y, ginput, gdt, gA, gh, and the items' parts of gB and gC.
   void recur(S* gB, S* gC) {
-    const int64_t step = this->width / L::COUNT;
+    const int64_t step = this->width / L::COUNT, before = this->start - SCAN_CHUNK;
+    const int64_t pieces = (this->a.states + STATES - 1) / STATES * step;
+    int64_t piece = 0;
     for_state_blocks(this->a.states, [&](auto size, int64_t n) {
       constexpr int N = size();
-      fill_zero(lanes_gB, this->steps * N), fill_zero(lanes_gC, this->steps * N);
-      for (int64_t i = 0; i < this->width; i += L::COUNT) {
+      auto* kept = static_cast<ScanTrace<N, V>*>(trace);
+      for (int t = 0; t < this->steps; ++t) fill_zero(kept[t].gB, 2 * N);
+      for (int64_t i = 0; i < this->width; i += L::COUNT, ++piece) {
+        for (const View* next : {&args.x, &args.dt, &args.z, &args.gy}) this->prefetch(*next, before, piece, pieces);
+        for (const View* out : {&args.gx, &args.gdt, &args.gz})
+          this->template prefetch<true>(*out, this->start, piece, pieces);
+        if (this->start && n == 0) prefetch_state(i / L::COUNT, step);
         const auto tokens = this->tokens(i, n);
         const V *A = this->lanes(this->rates, i, n), *out = this->lanes(gout, i);
-        scan_recompute<N>(tokens, A, this->lanes(this->h, i, n), step, out, decay, states, this->lanes(this->y, i),
-                          lanes_gC);
-        scan_reverse<N>(tokens, A, this->lanes(gh, i, n), this->lanes(gA, i, n), step, out, decay, states,
-                        this->lanes(ginput, i), this->lanes(gdt, i), lanes_gB);
+        scan_recompute<N>(tokens, A, this->lanes(this->h, i, n), step, out, kept, this->lanes(this->y, i));
+        scan_reverse<N>(tokens, A, this->lanes(gh, i, n), this->lanes(gA, i, n), step, out, kept,
+                        this->lanes(ginput, i), this->lanes(gdt, i));
       }
       for (int t = 0; t < this->steps; ++t)
         for (int k = 0; k < N; ++k) {
-          gB[t * this->a.states + n + k] = L::sum(lanes_gB[t * N + k]);
-          gC[t * this->a.states + n + k] = L::sum(lanes_gC[t * N + k]);
+          gB[t * this->a.states + n + k] = L::sum(kept[t].gB[k]);
+          gC[t * this->a.states + n + k] = L::sum(kept[t].gC[k]);
         }
     });
   }
@@ -83,12 +103,11 @@ struct ScanGradTile : ScanTile<S> {
     const ScanArgs& a = this->a;
     for (int t = 0; t < this->steps; ++t) {
       const int64_t at = t * this->width;
-      const S *x = this->channels(a.x, t, this->line), *raw = this->channels(a.dt, t, line2);
+      const S* x = this->channels(a.x, t, this->line);
       for (int64_t i = 0; i < this->width; i += L::COUNT) {
         const V v = L::load(x + i), out = L::load(gout + at + i), gi = L::load(ginput + at + i);
         const V step = L::load(this->dt + at + i);
-        V gstep = L::load(gdt + at + i) * S(1 / LOG2E) + gi * v;
-        if (a.dt_softplus) gstep = gstep * sigmoid<L>(L::load(raw + i) + L::load(this->bias + i));
+        const V gstep = (L::load(gdt + at + i) * S(1 / LOG2E) + gi * v) * L::load(dt_slope + at + i);
         L::store(gdt + at + i, gstep);
         L::store(ginput + at + i, gi * step + out * L::load(this->D + i));
         L::store(gD + i, L::load(gD + i) + out * v);
@@ -97,12 +116,8 @@ struct ScanGradTile : ScanTile<S> {
       this->put_channels(args.gdt, t, gdt + at);
       this->put_channels(args.gx, t, ginput + at);
       if (!a.z) continue;
-      const S *z = this->channels(a.z, t, this->line), *gy = this->channels(args.gy, t, line2);
-      for (int64_t i = 0; i < this->width; i += L::COUNT) {
-        const V gate = L::load(z + i);
-        L::store(line3 + i, L::load(gy + i) * L::load(this->y + at + i) * silu_slope<L>(gate, sigmoid<L>(gate)));
-      }
-      this->put_channels(args.gz, t, line3);
+      for (int64_t i = at; i < at + this->width; i += L::COUNT) L::store(gate + i, L::load(gate + i) * L::load(this->y + i));
+      this->put_channels(args.gz, t, gate + at);
     }
   }
 };
@@ -114,7 +129,7 @@ void scan_item(const ScanGradArgs& a, int64_t item, int64_t group, const Parts<S
   v.load_state(a.gstate, v.gh);
   const int64_t rows = (v.first / group * a.batch + v.row) * a.tokens;
   for (int64_t at = (a.tokens - 1) / SCAN_CHUNK * SCAN_CHUNK; at >= 0; at -= SCAN_CHUNK) {
-    v.load_chunk(at);
+    v.load_chunk(at, v.dt_slope);
     for (int64_t n = 0; n < a.states; ++n) {
       std::memcpy(v.h + n * v.width, v.kept(n), v.count * sizeof(S));
       fill_zero(v.h + n * v.width + v.count, v.width - v.count);

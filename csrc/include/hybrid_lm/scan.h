@@ -19,9 +19,9 @@ struct ScanTokens {
   int64_t step;
   const V* dt;
   const V* input;        // dt x
-  const S* B;            // [token][state], the same for all lanes
+  const S* B;  // [token][state], the same for all lanes
   const S* C;
-  int64_t states;        // from one token of B and C to the next
+  int64_t B_step, C_step;  // from one token to the next
   const uint8_t* reset;  // [token]: true where the state before the token is forgotten
 };
 
@@ -34,7 +34,7 @@ HYBRID_LM_FN void scan_forward(const ScanTokens<L>& v, const typename L::V* A, t
   for (int n = 0; n < N; ++n) s[n] = h[n * stride];
   for (int t = 0; t < v.count; ++t) {
     const V dt = v.dt[t * v.step], input = v.input[t * v.step];
-    const auto *B = v.B + t * v.states, *C = v.C + t * v.states;
+    const auto *B = v.B + t * v.B_step, *C = v.C + t * v.C_step;
     if (v.reset[t])
       for (int n = 0; n < N; ++n) s[n] = V{};
     // Two sums: half as long a chain of additions.
@@ -48,27 +48,36 @@ HYBRID_LM_FN void scan_forward(const ScanTokens<L>& v, const typename L::V* A, t
   for (int n = 0; n < N; ++n) h[n * stride] = s[n];
 }
 
-// The same from h on, keeping decay[t][n] and the states that the tokens find, states[t][n]. y as above; gC gets what
-// each lane has to say, gout_t h_t.
+// What the backward pass keeps of a chunk, for each token and N states side by side: a pass reads and writes one
+// stretch of memory after the other.
+template <int N, class V>
+struct ScanTrace {
+  V decay[N];
+  V state[N];  // that the token finds
+  V gB[N], gC[N];
+};
+
+// The same as scan_forward from h on, which stays, leaving a trace. gC gets what each lane has to say, gout_t h_t.
 template <int N, class L>
 HYBRID_LM_FN void scan_recompute(const ScanTokens<L>& v, const typename L::V* A, const typename L::V* h,
-                                 int64_t stride, const typename L::V* gout, typename L::V* decay,
-                                 typename L::V* states, typename L::V* y, typename L::V* gC) {
+                                 int64_t stride, const typename L::V* gout, ScanTrace<N, typename L::V>* trace,
+                                 typename L::V* y) {
   using V = typename L::V;
   V s[N];
   for (int n = 0; n < N; ++n) s[n] = h[n * stride];
   for (int t = 0; t < v.count; ++t) {
     const V dt = v.dt[t * v.step], input = v.input[t * v.step], g = gout[t * v.step];
-    const auto *B = v.B + t * v.states, *C = v.C + t * v.states;
+    const auto *B = v.B + t * v.B_step, *C = v.C + t * v.C_step;
+    auto& kept = trace[t];
     if (v.reset[t])
       for (int n = 0; n < N; ++n) s[n] = V{};
     V even = y[t * v.step], odd = V{};
     for (int n = 0; n < N; ++n) {
-      V a = L::exp2(dt * A[n * stride]);
-      decay[t * N + n] = a;
-      states[t * N + n] = s[n];
-      s[n] = a * s[n] + input * B[n];
-      gC[t * N + n] += s[n] * g;
+      const V decay = L::exp2(dt * A[n * stride]);
+      kept.decay[n] = decay;
+      kept.state[n] = s[n];
+      s[n] = decay * s[n] + input * B[n];
+      kept.gC[n] += s[n] * g;
       (n % 2 ? odd : even) += s[n] * C[n];
     }
     y[t * v.step] = even + odd;
@@ -76,26 +85,26 @@ HYBRID_LM_FN void scan_recompute(const ScanTokens<L>& v, const typename L::V* A,
 }
 
 // From the last token to the first. g: what later tokens ask of the state, turned into what this stretch asks of the
-// state before it. ginput, gdt (through the decay, and still times log2(e)) and gB are added to; gA too.
+// state before it. ginput, gdt (through the decay, and still times log2(e)), gA and the trace's gB are added to.
 template <int N, class L>
 HYBRID_LM_FN void scan_reverse(const ScanTokens<L>& v, const typename L::V* A, typename L::V* g, typename L::V* gA,
-                               int64_t stride, const typename L::V* gout, const typename L::V* decay,
-                               const typename L::V* states, typename L::V* ginput, typename L::V* gdt,
-                               typename L::V* gB) {
+                               int64_t stride, const typename L::V* gout, ScanTrace<N, typename L::V>* trace,
+                               typename L::V* ginput, typename L::V* gdt) {
   using V = typename L::V;
   V later[N], rate[N];
   for (int n = 0; n < N; ++n) later[n] = g[n * stride], rate[n] = gA[n * stride];
   for (int t = v.count - 1; t >= 0; --t) {
     const V dt = v.dt[t * v.step], input = v.input[t * v.step], out = gout[t * v.step];
-    const auto *B = v.B + t * v.states, *C = v.C + t * v.states;
+    const auto *B = v.B + t * v.B_step, *C = v.C + t * v.C_step;
+    auto& kept = trace[t];
     V gi = ginput[t * v.step], gd = gdt[t * v.step];
     for (int n = 0; n < N; ++n) {
-      V gh = out * C[n] + later[n];
-      gB[t * N + n] += gh * input;
+      const V gh = out * C[n] + later[n];
+      kept.gB[n] += gh * input;
       gi += gh * B[n];
-      // h_t = decay h_{t-1} + ..., decay = exp2(dt A)
-      later[n] = gh * decay[t * N + n];
-      V exponent = later[n] * states[t * N + n];
+      later[n] = gh * kept.decay[n];
+      // decay = exp2(dt A), and the state enters as decay * state
+      const V exponent = later[n] * kept.state[n];
       rate[n] += exponent * dt;
       gd += exponent * A[n * stride];
     }
