@@ -35,8 +35,8 @@ inline void conv_slopes(const ConvInputs<S>& in, const S* const* rows, const S* 
   }
 }
 
-// One item: its g and gx, block by block. They are two loops over the channels: one loop for both takes a quarter
-// longer, for want of registers.
+// One item: its g and gx, block by block. They are two loops over the channels: one loop for both was measured to be
+// slower, by 10 to 25 percent.
 template <class S, int TAPS>
 struct ConvBackward {
   const ConvGradArgs& a;
