@@ -7,7 +7,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <atomic>
-#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -23,17 +22,15 @@ inline int64_t size(const Tensor& t, int64_t dim) { return t.sizes()[dim]; }
 
 // A view of a tensor with just these sizes. The op's Python side has friendlier messages; these keep a wrong direct
 // call from reading beyond its memory.
-inline View view_of(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, bool flags = false) {
+inline View view_of(const Tensor& t, const char* name, const std::vector<int64_t>& sizes, bool flags = false) {
   STD_TORCH_CHECK(t.device().type() == torch::headeronly::DeviceType::CPU, name, ": not a CPU tensor");
   STD_TORCH_CHECK(t.dim() == int64_t(sizes.size()), name, ": ", t.dim(), " dimensions instead of ", sizes.size());
   View v;
-  v.data = t.data_ptr();
-  int64_t k = 0;
-  for (int64_t wanted : sizes) {
-    STD_TORCH_CHECK(size(t, k) == wanted, name, ": size ", size(t, k), " in dimension ", k, " instead of ", wanted);
+  for (size_t k = 0; k < sizes.size(); ++k) {
+    STD_TORCH_CHECK(size(t, k) == sizes[k], name, ": size ", size(t, k), " in dimension ", k, " instead of ", sizes[k]);
     v.stride[k] = t.strides()[k];
-    ++k;
   }
+  v.data = t.data_ptr();
   const ScalarType type = t.scalar_type();
   if (flags) {
     STD_TORCH_CHECK(type == ScalarType::Bool, name, ": not bool");
@@ -49,7 +46,7 @@ inline View view_of(const Tensor& t, const char* name, std::initializer_list<int
   return v;
 }
 
-inline View view_of(const MaybeTensor& t, const char* name, std::initializer_list<int64_t> sizes, bool flags = false) {
+inline View view_of(const MaybeTensor& t, const char* name, const std::vector<int64_t>& sizes, bool flags = false) {
   return t ? view_of(*t, name, sizes, flags) : View{};
 }
 

@@ -49,7 +49,7 @@ struct SsdArgs {
   bool dt_softplus;
   double dt_low, dt_high;
   View y, state;  // state: (b h p n), may be `initial` itself
-  View before;    // (k b h p n), or absent
+  View before;    // (k b h n p), or absent
 };
 
 struct SsdGradArgs : SsdArgs {

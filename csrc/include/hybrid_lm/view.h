@@ -10,7 +10,7 @@ enum class Type : int8_t { f32, f64, bf16, f16 };
 struct View {
   void* data = nullptr;  // null: the tensor is absent
   Type type = Type::f32;
-  int64_t stride[4] = {0, 0, 0, 0};
+  int64_t stride[5] = {0, 0, 0, 0, 0};
 
   explicit operator bool() const { return data != nullptr; }
 };

@@ -46,7 +46,8 @@ def why_not(device: str) -> str | None:
     """
     if device == "cuda":
         return "this version has no CUDA kernels"
-    if device != "cpu":
+    # A tensor of the meta device stands for one that is to come: the operators have shapes for it.
+    if device not in ("cpu", "meta"):
         return f"this version has native kernels for the CPU, not for {device}"
     return library().why_not
 

@@ -1,0 +1,73 @@
+"""The native backend of the causal convolution: `csrc/cpu/kernels/conv.cpp` and `conv_backward.cpp`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hybrid_lm.ops.backend import register
+from hybrid_lm.ops.native.library import why_not
+from hybrid_lm.ops.native.operators import NAMESPACE, declare, tracked
+
+INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu"
+declare("causal_conv1d", f"({INPUTS}, Tensor? initial, Tensor? reset) -> (Tensor y, Tensor state)")
+declare("causal_conv1d_", f"({INPUTS}, Tensor(a!) state, Tensor? reset) -> Tensor y")
+declare(
+    "causal_conv1d_backward",
+    f"(Tensor? gy, Tensor? gstate, {INPUTS}, Tensor? initial, Tensor? reset) -> (Tensor gx, Tensor gweight, "
+    "Tensor gbias, Tensor ginitial)",
+)
+operators = torch.ops.hybrid_lm_native
+
+
+def causal_conv1d_native(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+    initial: Tensor | None = None,
+    reset: Tensor | None = None,
+    donate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    silu = activation == "silu"
+    in_place = donate and initial is not None and not tracked(x, weight, bias, initial)
+    if in_place and initial.dtype == x.dtype:
+        return operators.causal_conv1d_(x, weight, bias, silu, initial, reset), initial
+    return operators.causal_conv1d(x, weight, bias, silu, initial, reset)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::causal_conv1d")
+def _(x, weight, bias, silu, initial, reset):
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::causal_conv1d_")
+def _(x, weight, bias, silu, state, reset):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::causal_conv1d_backward")
+def _(gy, gstate, x, weight, bias, silu, initial, reset):
+    return (*(x.new_empty(0) if v is None else v.new_empty(v.shape) for v in (x, weight, bias, initial)),)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, ctx.silu, initial, reset = inputs
+    ctx.save_for_backward(x, weight, bias, initial, reset)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, gy, gstate):
+    x, weight, bias, initial, reset = ctx.saved_tensors
+    gx, gweight, gbias, ginitial = operators.causal_conv1d_backward(
+        gy, gstate, x, weight, bias, ctx.silu, initial, reset
+    )
+    absent = (None if bias is None else gbias), None, (None if initial is None else ginitial), None
+    return gx, gweight, *absent
+
+
+torch.library.register_autograd(f"{NAMESPACE}::causal_conv1d", _gradient, setup_context=_setup)
+register("causal_conv1d", "native", run=causal_conv1d_native, why_not=why_not)
