@@ -50,15 +50,14 @@ def _everywhere(device: str) -> str | None:
 def register(
     op: str, backend: str, *, run: Callable[..., Any], why_not: Callable[[str], str | None] = _everywhere
 ) -> None:
-    """Add one backend to an op. A signature unlike the reference's is a TypeError that shows both."""
+    """Add one backend to an op. A signature unlike that of the others is a TypeError that shows both."""
     assert backend in BACKENDS, backend
     table = _OPS.setdefault(op, {})
-    if "reference" in table:
-        first = table["reference"].run
-        if _shape_of(first) != _shape_of(run):
+    for other in table.values():
+        if _shape_of(other.run) != _shape_of(run):
             raise TypeError(
                 f"{op}: the backends drifted apart:\n"
-                f"  {first.__qualname__}{_shape_of(first)}\n"
+                f"  {other.run.__qualname__}{_shape_of(other.run)}\n"
                 f"  {run.__qualname__}{_shape_of(run)}\ngive both the same parameters, kinds and defaults"
             )
     table[backend] = Implementation(run, why_not)
@@ -76,7 +75,6 @@ def define(
     *,
     reference: Callable[..., Any],
     torch: Callable[..., Any],
-    native: Callable[..., Any] | None = None,
 ) -> Callable[[str | None, Tensor], Callable[..., Any]]:
     """Enter an op in the table.
 
@@ -85,8 +83,6 @@ def define(
     """
     register(op, "reference", run=reference)
     register(op, "torch", run=torch)
-    if native is not None:
-        register(op, "native", run=native)
 
     def pick(backend: str | None, tensor: Tensor) -> Callable[..., Any]:
         device = tensor.device.type
@@ -141,7 +137,8 @@ def report(device: str = "cpu", chosen: Mapping[str, str] | None = None) -> list
     """Every (op, backend), whether it is chosen (`chosen`: select's answer), and why it cannot run."""
     chosen = select("auto", device) if chosen is None else chosen
     return [
-        Row(op, backend, backend == chosen[op], implementation.why_not(device))
+        Row(op, backend, backend == chosen[op], table[backend].why_not(device))
         for op, table in sorted(_OPS.items())
-        for backend, implementation in table.items()
+        for backend in BACKENDS
+        if backend in table
     ]

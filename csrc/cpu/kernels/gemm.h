@@ -7,6 +7,9 @@
 namespace hybrid_lm {
 namespace HYBRID_LM_ISA {
 
+// A function with a product in it is compiled alone, or the registers that its tiles need go to what is around it.
+#define HYBRID_LM_OUTLINE __attribute__((noinline))
+
 // With two vectors of columns a tile fills half of the registers, 32 of AVX-512 or 16, and there are as many
 // independent sums as two units of latency four need.
 constexpr int TILE_ROWS = VECTOR_BYTES == 64 ? 8 : 4;

@@ -60,8 +60,10 @@ void run_head(const SsdArgs& a, const SsdItem& item, int64_t head, int64_t k, co
   steps.load(a, item.batch, head, g, tokens);
   load_tokens(a.x, item.batch, g, head, a.head_dim, tokens, size.head_dim, w.x);
   mix(w.shared, steps, value(a.D, head, S(0)), tokens, w.Mt);
+  const Ahead next = ahead(a, item, head, g);
   int64_t part = 0, parts = tiles_of<S>(tokens, size.head_dim);
   for_each_tile<S>(tokens, size.head_dim, [&](auto tile) {
+    if (next.head == item.head) prefetch_shared(a, item.batch, item.group, next.tokens, part, parts);
     prefetch_tokens<true>(a.y, item.batch, g, head, a.head_dim, part++, parts);
     if (g.enters) {
       tile.add(w.shared.C, state, 0, size.states);
@@ -76,7 +78,6 @@ void run_head(const SsdArgs& a, const SsdItem& item, int64_t head, int64_t k, co
       for (int64_t p = 0; p < size.head_dim; ++p) w.x_end.row(j)[p] = weight * w.x.row(j)[p];
     }
     const S whole = steps.whole(g);
-    const Ahead next = ahead(a, item, head, g);
     const bool keeps = a.before && g.start + g.count < a.tokens, vectors = keeps_vectors<S>(a);
     const Matrix<S> kept{keeps ? kept_state<S>(a, item.batch, head, k + 1) : nullptr, a.head_dim};
     part = 0, parts = tiles_of<S>(size.states, size.head_dim);

@@ -46,12 +46,13 @@ struct SsdItems {
 // The padded sizes of a head's matrices.
 template <class S>
 struct SsdSizes {
-  int64_t tokens, head_dim, states;
+  int64_t tokens, head_dim, states, heads_per_group;
 
   explicit SsdSizes(const SsdArgs& a)
       : tokens(padded<S>(a.tokens < SSD_CHUNK ? a.tokens : SSD_CHUNK)),
         head_dim(padded<S>(a.head_dim)),
-        states(padded<S>(a.states)) {}
+        states(padded<S>(a.states)),
+        heads_per_group(a.heads / a.groups) {}
 };
 
 // Tokens of one chunk and one document.
@@ -262,6 +263,22 @@ inline void Steps<S>::load(const SsdArgs& a, int64_t batch, int64_t head, const 
   }
 }
 
+// CBt = B Ct where j <= i, tile by tile.
+template <class S>
+HYBRID_LM_OUTLINE void multiply_causal(Matrix<S> B, Matrix<S> Ct, int64_t tokens, int64_t states, Matrix<S> CBt) {
+  for_each_tile<S>(tokens, tokens, [&](auto tile) {
+    if (tile.column + tile.COLUMNS <= tile.row) return;
+    tile.add(B, Ct, 0, states);
+    tile.store(CBt);
+  });
+}
+
+HYBRID_LM_FN void prefetch_shared(const SsdArgs& a, int64_t batch, int64_t group, const Segment& g, int64_t part,
+                                  int64_t parts) {
+  prefetch_tokens(a.B, batch, g, group, a.states, part, parts);
+  prefetch_tokens(a.C, batch, g, group, a.states, part, parts);
+}
+
 // What all heads of an item share in a segment.
 template <class S>
 struct SsdShared {
@@ -280,11 +297,7 @@ struct SsdShared {
     load_tokens(a.B, batch, g, group, a.states, tokens, states, B);
     load_tokens(a.C, batch, g, group, a.states, tokens, states, C);
     transpose(C, tokens, states, Ct);
-    for_each_tile<S>(tokens, tokens, [&](auto tile) {
-      if (tile.column + tile.COLUMNS <= tile.row) return;
-      tile.add(B, Ct, 0, states);
-      tile.store(CBt);
-    });
+    multiply_causal(B, Ct, tokens, states, CBt);
   }
 };
 

@@ -101,6 +101,7 @@ struct Head {
   const Segment g;
   const bool asked;  // gS is there
   const Ahead next;
+  const bool last_head;  // of the item: `next` has another B and C
   const int64_t tokens;
   const Matrix<S> gS;
   Matrix<S> state;  // the one before the segment
@@ -114,7 +115,7 @@ struct Head {
   Head(const SsdGradArgs& a, const Workspace<S>& w, const GroupSums<S>& sums, int64_t batch, int64_t head, int64_t chunk,
        const Segment& g, bool asked, const Ahead& next, Matrix<S> gS)
       : a(a), w(w), sums(sums), size(a), batch(batch), head(head), chunk(chunk), g(g), asked(asked), next(next),
-        tokens(padded<S>(g.count)), gS(gS) {}
+        last_head(next.head <= head), tokens(padded<S>(g.count)), gS(gS) {}
 
   void load();
   void mix();
@@ -158,6 +159,7 @@ void Head<S>::find_gx() {
   const S D = value(a.D, head, S(0));
   int64_t part = 0, parts = tiles_of<S>(tokens, size.head_dim);
   for_each_tile<S>(tokens, size.head_dim, [&](auto tile) {
+    if (last_head) prefetch_shared(a, batch, head / size.heads_per_group, next.tokens, part, parts);
     if (g.enters) prefetch(state.data, a.states * state.pitch * sizeof(S), part, parts);
     prefetch_tokens<true>(a.gx, batch, g, head, a.head_dim, part++, parts);
     if (asked) {
