@@ -140,6 +140,21 @@ HYBRID_LM_FN void for_each_tile(int64_t rows, int64_t columns, const F& f) {
     }
 }
 
+// f(tile) for the tiles of a square matrix that hold anything on or right of the diagonal.
+template <class S, class F>
+HYBRID_LM_FN void for_each_upper_tile(int64_t size, const F& f) {
+  constexpr int64_t one = Lanes<S>::COUNT;
+  for (int64_t c = 0; c < size; c += 2 * one)
+    for (int64_t r = 0; r < size && r < c + 2 * one; r += TILE_ROWS) {
+      if (c + one >= size)
+        f(Tile<S, 1>(r, c));
+      else if (r >= c + one)
+        f(Tile<S, 1>(r, c + one));
+      else
+        f(Tile<S, 2>(r, c));
+    }
+}
+
 // Lanes of two vectors, of which the first has the indices 0 to COUNT - 1.
 template <class V, class I>
 HYBRID_LM_FN V shuffled(V a, V b, I index) {
@@ -177,6 +192,18 @@ HYBRID_LM_FN void transpose(Vec<S> (&rows)[Lanes<S>::COUNT]) {
         rows[r + apart] = shuffled(a, b, lower);
       }
   }
+}
+
+// The sum over the lanes of each of COUNT vectors.
+template <class S>
+HYBRID_LM_FN Vec<S> lane_sums(const S* from) {
+  constexpr int count = Lanes<S>::COUNT;
+  Vec<S> rows[count];
+  for (int r = 0; r < count; ++r) rows[r] = Lanes<S>::load(from + r * count);
+  transpose<S>(rows);
+  for (int half = count / 2; half > 0; half /= 2)
+    for (int r = 0; r < half; ++r) rows[r] += rows[r + half];
+  return rows[0];
 }
 
 // The transpose of a matrix of padded sizes.

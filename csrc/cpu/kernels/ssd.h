@@ -266,8 +266,7 @@ inline void Steps<S>::load(const SsdArgs& a, int64_t batch, int64_t head, const 
 // CBt = B Ct where j <= i, tile by tile.
 template <class S>
 HYBRID_LM_OUTLINE void multiply_causal(Matrix<S> B, Matrix<S> Ct, int64_t tokens, int64_t states, Matrix<S> CBt) {
-  for_each_tile<S>(tokens, tokens, [&](auto tile) {
-    if (tile.column + tile.COLUMNS <= tile.row) return;
+  for_each_upper_tile<S>(tokens, [&](auto tile) {
     tile.add(B, Ct, 0, states);
     tile.store(CBt);
   });

@@ -117,6 +117,8 @@ struct Head {
       : a(a), w(w), sums(sums), size(a), batch(batch), head(head), chunk(chunk), g(g), asked(asked), next(next),
         last_head(next.head <= head), tokens(padded<S>(g.count)), gS(gS) {}
 
+  static HYBRID_LM_FN void add_to(S* to, V v) { L::store(to, L::load(to) + v); }
+
   void load();
   void mix();
   void find_gx();
@@ -172,42 +174,49 @@ void Head<S>::find_gx() {
   });
 }
 
-// gM, and what it says of C.B^T, the decays and dt.
+// gM, and what it says of C.B^T, the decays, dt and D.
 template <class S>
 void Head<S>::find_pairs() {
-  for_each_tile<S>(tokens, tokens, [&](auto tile) {
-    if (tile.column + tile.COLUMNS <= tile.row) return;
+  // Over i: all that is right of the diagonal, for every lane; and what stands on it, of gM and of gM M.
+  alignas(64) S right[SSD_CHUNK * L::COUNT] = {}, on_diagonal[SSD_CHUNK] = {}, mixed_on_diagonal[SSD_CHUNK] = {};
+  for_each_upper_tile<S>(tokens, [&](auto tile) {
     tile.add_transposed(w.xt, w.gyt, 0, size.head_dim);
-    V along[2] = {};
-    for (int r = 0; r < TILE_ROWS; ++r) {
-      const int64_t j = tile.row + r;
-      const S dt = steps.dt[j];
-      V below{};
-      for (int v = 0; v * L::COUNT < tile.COLUMNS; ++v) {
-        const int64_t i = tile.column + v * L::COUNT;
-        const V gM = tile.sum[r][v], number = Steps<S>::numbers(i);
-        S* gCB = sums.gCBt.row(j) + i;
-        L::store(gCB, L::load(gCB) + L::select(number >= S(j), gM * L::load(w.Lt.row(j) + i) * dt, V{}));
-        const V gMM = gM * L::load(w.Mt.row(j) + i);
-        // The diagonal's two parts cancel in gs: they are left out rather than left to rounding.
-        const V strict = L::select(number > S(j), gMM, V{});
-        below += strict;
-        along[v] += strict * dt;
-        // gM_jj = gy_j . x_j is also what D asks for.
-        if (i <= j && j < i + L::COUNT) {
-          gD += gM[j - i];
-          gdt[j] += gMM[j - i];
-        }
-      }
-      const S sum = L::sum(below);
-      gdt[j] += sum;
-      gs[j] -= sum * dt;
-    }
     for (int v = 0; v * L::COUNT < tile.COLUMNS; ++v) {
-      S* to = gs + tile.column + v * L::COUNT;
-      L::store(to, L::load(to) + along[v]);
+      const int64_t i = tile.column + v * L::COUNT;
+      const bool crosses = i < tile.row + TILE_ROWS;
+      V above{}, diagonal{}, mixed_diagonal{};
+      for (int r = 0; r < TILE_ROWS; ++r) {
+        const int64_t j = tile.row + r;
+        const V gM = tile.sum[r][v];
+        V gL = gM * L::load(w.Lt.row(j) + i), mixed = gM * L::load(w.Mt.row(j) + i);
+        if (crosses) {
+          const V number = Steps<S>::numbers(i);
+          diagonal += L::select(number == S(j), gM, V{});
+          mixed_diagonal += L::select(number == S(j), mixed, V{});
+          gL = L::select(number >= S(j), gL, V{});
+          mixed = L::select(number > S(j), mixed, V{});
+        }
+        add_to(sums.gCBt.row(j) + i, gL * steps.dt[j]);
+        add_to(right + j * L::COUNT, mixed);
+        above += mixed * steps.dt[j];
+      }
+      add_to(gs + i, above);
+      if (crosses) {
+        add_to(on_diagonal + i, diagonal);
+        add_to(mixed_on_diagonal + i, mixed_diagonal);
+      }
     }
   });
+  // The diagonal's two parts cancel in gs: they are left out rather than left to rounding.
+  V total{};
+  for (int64_t j = 0; j < tokens; j += L::COUNT) {
+    const V row = lane_sums<S>(right + j * L::COUNT);
+    add_to(gs + j, -row * L::load(steps.dt + j));
+    L::store(gdt + j, row + L::load(mixed_on_diagonal + j));
+    // gM_jj = gy_j . x_j is also what D asks for.
+    total += L::load(on_diagonal + j);
+  }
+  gD = L::sum(total);
 }
 
 // T = state^T v_t for every token, [n][token]: adds T scale_t to `sum` and T . with_t to `dot`.
