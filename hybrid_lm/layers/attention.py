@@ -129,12 +129,12 @@ class Attention(Layer):
         o = self.options
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if o.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
         q = q.unflatten(-1, (self.n_heads, self.head_dim))
         k = k.unflatten(-1, (self.n_kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.n_kv_heads, self.head_dim))
         if o.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
         if self.rotation is not None:
             q, k = self.rotation(q, k, ctx)
         docs = ctx.doc_ids

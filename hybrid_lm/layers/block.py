@@ -29,8 +29,8 @@ class Branch(Layer):
         return self.layer.empty_state(batch, max_tokens=max_tokens)
 
     def forward(self, x: Tensor, state: State | None, ctx: Context) -> tuple[Tensor, State | None]:
-        y, state = self.layer(x if self.pre_norm is None else self.pre_norm(x), state, ctx)
-        return (y if self.post_norm is None else self.post_norm(y)), state
+        y, state = self.layer(x if self.pre_norm is None else self.pre_norm(x, ctx), state, ctx)
+        return (y if self.post_norm is None else self.post_norm(y, ctx)), state
 
     def mixing_flops(self, context: int) -> float:
         return self.layer.mixing_flops(context)

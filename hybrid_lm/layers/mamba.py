@@ -99,11 +99,12 @@ class Mamba(Layer):
             activation="silu",
             initial=None if state is None else state.conv,
             reset=ctx.reset,
+            donate=True,
             backend=ctx.backends.get("causal_conv1d"),
         )
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
         if self.dt_norm is not None:
-            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+            dt, B, C = self.dt_norm(dt, ctx), self.B_norm(B, ctx), self.C_norm(C, ctx)
         y, ssm = selective_scan(
             u,
             self.dt_proj(dt),
@@ -116,6 +117,7 @@ class Mamba(Layer):
             dt_softplus=True,
             initial=None if state is None else state.ssm,
             reset=ctx.reset,
+            donate=True,
             backend=ctx.backends.get("selective_scan"),
         )
         return self.out_proj(y), None if state is None else SSMState(conv, ssm)

@@ -130,6 +130,7 @@ class Mamba2(Layer):
             activation="silu",
             initial=None if state is None else state.conv,
             reset=ctx.reset,
+            donate=True,
             backend=ctx.backends.get("causal_conv1d"),
         )
         u, B, C = xBC.split([self.d_inner, o.n_groups * o.d_state, o.n_groups * o.d_state], -1)
@@ -146,10 +147,19 @@ class Mamba2(Layer):
             initial=None if state is None else state.ssm,
             reset=ctx.reset,
             chunk=o.chunk,
+            donate=True,
             backend=ctx.backends.get("ssd"),
         )
         y = y.flatten(-2)
-        y = gated_rms_norm(y, z, self.norm_weight, eps=o.norm_eps, groups=o.n_groups, order=o.norm)
+        y = gated_rms_norm(
+            y,
+            z,
+            self.norm_weight,
+            eps=o.norm_eps,
+            groups=o.n_groups,
+            order=o.norm,
+            backend=ctx.backends.get("gated_rms_norm"),
+        )
         return self.out_proj(y), None if state is None else SSMState(conv, ssm)
 
     def mixing_flops(self, context: int) -> float:

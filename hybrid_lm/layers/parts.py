@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybrid_lm.config.schema import BlockConfig
-from hybrid_lm.layers.base import Init, Module
+from hybrid_lm.layers.base import Context, Init, Module
 from hybrid_lm.ops import rms_norm
 
 
@@ -52,9 +52,10 @@ class RMSNorm(Module):
         else:
             self.register_parameter("weight", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (... d) -> (... d)."""
-        return rms_norm(x, self.weight, eps=self.eps, unit_offset=self.unit_offset)
+        backend = ctx.backends.get("rms_norm")
+        return rms_norm(x, self.weight, eps=self.eps, unit_offset=self.unit_offset, backend=backend)
 
 
 class LayerNorm(Module):
@@ -72,7 +73,7 @@ class LayerNorm(Module):
         if bias:
             self.add("bias", (d,), "bias")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (... d) -> (... d)."""
         weight = self.weight
         if weight is not None:

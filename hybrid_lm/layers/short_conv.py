@@ -56,6 +56,7 @@ class ShortConv(Layer):
             self.conv_bias,
             initial=None if state is None else state.conv,
             reset=ctx.reset,
+            donate=True,
             backend=ctx.backends.get("causal_conv1d"),
         )
         return self.out_proj(C * y), None if state is None else ConvState(conv)

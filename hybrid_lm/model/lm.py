@@ -103,7 +103,7 @@ class HybridLM(Module):
                 state.doc = ctx.doc_ids[:, -1]
                 opened = ctx.doc_ids.amax(1)
                 state.opened = opened if state.opened is None else torch.maximum(opened, state.opened)
-        return (x if self.final_norm is None else self.final_norm(x)), state
+        return (x if self.final_norm is None else self.final_norm(x, ctx)), state
 
     def logits(self, x: Tensor) -> Tensor:
         """x (... d) -> (... v)."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.native.library import why_not
-from hybrid_lm.ops.native.operators import NAMESPACE, declare, tracked
+from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take
 
 INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu"
 declare("causal_conv1d", f"({INPUTS}, Tensor? initial, Tensor? reset) -> (Tensor y, Tensor state)")
@@ -33,9 +33,10 @@ def causal_conv1d_native(
     donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     silu = activation == "silu"
-    in_place = donate and initial is not None and not tracked(x, weight, bias, initial)
-    if in_place and initial.dtype == x.dtype:
+    if donate and may_take(initial, x.dtype, x, weight, bias):
         return operators.causal_conv1d_(x, weight, bias, silu, initial, reset), initial
+    # The kernel would read a wider state at its own precision; the op's is that of x.
+    initial = None if initial is None else initial.to(x.dtype)
     return operators.causal_conv1d(x, weight, bias, silu, initial, reset)
 
 

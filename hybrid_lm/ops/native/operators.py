@@ -1,14 +1,23 @@
-"""What the operators of the native library share: how they are declared, and when gradients will be asked for.
+"""What the operators of the native library share: how they are declared, and when gradients are asked for.
 
-The schemas stand here, in Python, whether or not a library is loaded; the library adds kernels for a device.
+The schemas stand in Python and are there without a library, which adds the kernels for a device.
 """
 
 from __future__ import annotations
+
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "hybrid_lm_native"
+
+
+def may_take(initial: Tensor | None, dtype: torch.dtype, *inputs: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a state can be updated where it lies: it is of the type that a new one would have, and nobody
+    will ask for gradients."""
+    fits = initial is not None and initial.dtype == dtype and initial.is_contiguous()
+    return fits and not tracked(initial, *inputs)
 
 
 def declare(name: str, schema: str) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.native.library import why_not
-from hybrid_lm.ops.native.operators import NAMESPACE, declare, tracked
+from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, tracked
 from hybrid_lm.ops.precision import wide
 
 # Tokens between two states that are kept for the backward pass: SCAN_CHUNK of csrc/cpu/kernels.h.
@@ -21,8 +21,8 @@ declare(
 declare("selective_scan_", f"({INPUTS}, Tensor(a!) state, Tensor? reset) -> Tensor y")
 declare(
     "selective_scan_backward",
-    f"(Tensor? gy, Tensor? gstate, Tensor before, {INPUTS}, Tensor? reset) -> (Tensor gx, Tensor gdt, Tensor gA, "
-    "Tensor gB, Tensor gC, Tensor gD, Tensor gz, Tensor gdt_bias, Tensor ginitial)",
+    f"(Tensor? gy, Tensor? gstate, Tensor before, {INPUTS}, Tensor? reset) -> (Tensor gx, Tensor gdt, "
+    "Tensor gA, Tensor gB, Tensor gC, Tensor gD, Tensor gz, Tensor gdt_bias, Tensor ginitial)",
 )
 operators = torch.ops.hybrid_lm_native
 
@@ -42,11 +42,11 @@ def selective_scan_native(
     reset: Tensor | None = None,
     donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    keep = tracked(x, dt, A, B, C, D, z, dt_bias, initial)
-    if donate and not keep and initial is not None and initial.dtype == wide(x):
-        y = operators.selective_scan_(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, reset)
-        return y, initial
-    y, state, _ = operators.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, reset, keep)
+    tensors = (x, dt, A, B, C, D, z, dt_bias)
+    if donate and may_take(initial, wide(x), *tensors):
+        return operators.selective_scan_(*tensors, dt_softplus, initial, reset), initial
+    keep = tracked(initial, *tensors)
+    y, state, _ = operators.selective_scan(*tensors, dt_softplus, initial, reset, keep)
     return y, state
 
 
@@ -79,9 +79,7 @@ def _setup(ctx, inputs, output):
 
 def _gradient(ctx, gy, gstate, _):
     before, *tensors, reset = ctx.saved_tensors
-    *given, ginitial = operators.selective_scan_backward(
-        gy, gstate, before, *tensors, ctx.dt_softplus, reset
-    )
+    *given, ginitial = operators.selective_scan_backward(gy, gstate, before, *tensors, ctx.dt_softplus, reset)
     grads = [None if v is None else g for g, v in zip(given, tensors, strict=True)]
     return *grads, None, None if ctx.initial_type is None else ginitial.to(ctx.initial_type), None, None
 

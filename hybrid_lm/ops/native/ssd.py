@@ -7,17 +7,19 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.native.library import why_not
-from hybrid_lm.ops.native.operators import NAMESPACE, declare, tracked
+from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, tracked
 from hybrid_lm.ops.precision import wide
 
 # Tokens that the kernel works on at once, and between two kept states: SSD_CHUNK of csrc/cpu/kernels.h.
 CHUNK = 64
 
 INPUTS = (
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, float dt_low, "
-    "float dt_high"
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "
+    "float dt_low, float dt_high"
 )
-declare("ssd", f"({INPUTS}, Tensor? initial, Tensor? reset, bool keep) -> (Tensor y, Tensor state, Tensor before)")
+declare(
+    "ssd", f"({INPUTS}, Tensor? initial, Tensor? reset, bool keep) -> (Tensor y, Tensor state, Tensor before)"
+)
 declare("ssd_", f"({INPUTS}, Tensor(a!) state, Tensor? reset) -> Tensor y")
 declare(
     "ssd_backward",
@@ -43,12 +45,11 @@ def ssd_native(
     chunk: int = 64,
     donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (x, dt, A, B, C, D, dt_bias, dt_softplus, *dt_limit)
-    keep = tracked(x, dt, A, B, C, D, dt_bias, initial)
-    in_place = donate and not keep and initial is not None
-    if in_place and initial.dtype == wide(x) and initial.is_contiguous():
-        return operators.ssd_(*inputs, initial, reset), initial
-    y, state, _ = operators.ssd(*inputs, initial, reset, keep)
+    tensors = (x, dt, A, B, C, D, dt_bias)
+    if donate and may_take(initial, wide(x), *tensors):
+        return operators.ssd_(*tensors, dt_softplus, *dt_limit, initial, reset), initial
+    keep = tracked(initial, *tensors)
+    y, state, _ = operators.ssd(*tensors, dt_softplus, *dt_limit, initial, reset, keep)
     return y, state
 
 
