@@ -23,6 +23,7 @@ __all__ = [
     "causal_conv1d",
     "gated_rms_norm",
     "linear_cross_entropy",
+    "native",
     "report",
     "rms_norm",
     "rope_table",

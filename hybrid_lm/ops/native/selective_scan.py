@@ -13,7 +13,10 @@ from hybrid_lm.ops.precision import wide
 # Tokens between two states that are kept for the backward pass: SCAN_CHUNK of csrc/cpu/kernels.h.
 CHUNK = 32
 
-INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus"
+INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "bool dt_softplus"
+)
 declare(
     "selective_scan",
     f"({INPUTS}, Tensor? initial, Tensor? reset, bool keep) -> (Tensor y, Tensor state, Tensor before)",
