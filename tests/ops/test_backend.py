@@ -8,6 +8,7 @@ import torch
 
 from hybrid_lm import ops
 from hybrid_lm.ops import backend
+from hybrid_lm.ops.native import library
 
 NAMES = (
     "attention",
@@ -20,16 +21,39 @@ NAMES = (
 )
 
 
-def test_auto_takes_the_best_that_can_run() -> None:
-    assert ops.select() == dict.fromkeys(NAMES, "torch") == ops.select("auto", "cuda")
+NATIVE = ("causal_conv1d", "gated_rms_norm", "rms_norm", "selective_scan", "ssd")
+
+
+@pytest.mark.parametrize("why_not", [None, "not built: run `hybrid-lm build-native`"])
+def test_auto_takes_the_best_that_can_run(monkeypatch: pytest.MonkeyPatch, why_not: str | None) -> None:
+    monkeypatch.setattr(library, "library", lambda: library.Library(None, why_not))
+    plain = dict.fromkeys(NAMES, "torch")
+    best = plain if why_not else plain | dict.fromkeys(NATIVE, "native")
+    assert ops.select() == best
+    assert ops.select("auto", "cuda") == plain
     assert set(ops.select("reference").values()) == {"reference"}
-    assert ops.select({"ssd": "reference"}) == dict.fromkeys(NAMES, "torch") | {"ssd": "reference"}
+    assert ops.select({"ssd": "reference"}) == best | {"ssd": "reference"}
+    rows = [r for r in ops.report() if r.backend == "native"]
+    assert {r.op: r.why_not for r in rows} == dict.fromkeys(NATIVE, why_not)
+
+
+def test_a_native_library_that_is_missing_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "library", lambda: library.Library(None, "not built"))
+    for op in NATIVE:
+        with pytest.raises(ValueError, match=f"^{op}: backend 'native' cannot run on cpu: not built$"):
+            ops.select({op: "native"})
+    with pytest.raises(ValueError, match="rms_norm: backend 'native' cannot run on cpu: not built"):
+        ops.rms_norm(torch.ones(3), backend="native")
 
 
 @pytest.mark.parametrize(
     ("requested", "message"),
     [
-        ("native", "ssd: backend 'native' cannot run on cpu: this version has no native kernel for it"),
+        ("fla", "ssd: backend 'fla' cannot run on cpu: this version has no fla kernel for it"),
+        (
+            "native",
+            "attention, linear_cross_entropy: backend 'native' cannot run on cpu: this version",
+        ),
         ("native", "it has: reference, torch"),
         ("troch", "known: auto, fla, mamba_ssm, native, reference, torch. Did you mean 'torch'?"),
         ({"sdd": "torch"}, "unknown op 'sdd'; known: attention,"),
@@ -71,9 +95,9 @@ def test_a_kernel_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"toy: backend 'native' cannot run on cuda: not built for cuda"):
         ops.select("native", "cuda")
     assert [(r.backend, r.chosen, r.why_not) for r in ops.report("cuda")] == [
-        ("reference", False, None),
-        ("torch", True, None),
         ("native", False, "not built for cuda"),
+        ("torch", True, None),
+        ("reference", False, None),
     ]
 
 
@@ -84,8 +108,14 @@ def test_drift_of_signatures_names_both(monkeypatch: pytest.MonkeyPatch) -> None
 
     def drifted(x, *, eps=2.0): ...
 
-    with pytest.raises(TypeError, match=r"(?s)toy: .*reference\(x, \*, eps=1.0\).*drifted\(x, \*, eps=2.0\)"):
+    shown = r"(?s)toy: .*reference\(x, \*, eps=1.0\).*drifted\(x, \*, eps=2.0\)"
+    with pytest.raises(TypeError, match=shown):
         backend.define("toy", reference=reference, torch=drifted)
+    # whatever came first
+    monkeypatch.setattr(backend, "_OPS", {})
+    backend.register("toy", "native", run=reference)
+    with pytest.raises(TypeError, match=shown):
+        backend.register("toy", "reference", run=drifted)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybrid_lm import ops
+from tests.ops.cases import FAST
 
 # one rounding per operation of a short formula, on values of order 1
 FEW = 16 * torch.finfo(torch.float32).eps
@@ -17,7 +18,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *FAST], indirect=True)
 def test_gated_norm_equals_mamba2_s(backend: str) -> None:
     from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
@@ -28,15 +29,16 @@ def test_gated_norm_equals_mamba2_s(backend: str) -> None:
     assert (ours - theirs(y, gate)).abs().max() <= FEW * ours.abs().max()
 
 
-def test_unit_offset_with_zero_weight_is_the_plain_norm() -> None:
+def test_unit_offset_with_zero_weight_is_the_plain_norm(backend: str) -> None:
     x = torch.randn(3, 8)
-    assert torch.equal(ops.rms_norm(x, torch.zeros(8), unit_offset=True), ops.rms_norm(x))
+    shifted = ops.rms_norm(x, torch.zeros(8), unit_offset=True, backend=backend)
+    assert torch.equal(shifted, ops.rms_norm(x, backend=backend))
 
 
-def test_norm_of_float16_does_not_overflow_inside() -> None:
+def test_norm_of_float16_does_not_overflow_inside(backend: str) -> None:
     # 3e4 squared is beyond float16's largest number, 65504
     x = torch.full((1, 512), 3.0e4, dtype=torch.float16)
-    assert (ops.rms_norm(x) == 1).all()
+    assert (ops.rms_norm(x, backend=backend) == 1).all()
 
 
 SCALINGS: list[dict[str, Any]] = [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lm import ops
+from tests.ops.cases import FAST
 
 Inputs = dict[str, Any]
 EXACT = 2**12 * torch.finfo(torch.float64).eps  # no sum here has more than 2**12 terms, each rounded once
@@ -65,16 +66,16 @@ def close(actual: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("with_reset", [False, True])
 @every_recurrence
 def test_any_split_equals_the_whole(
-    op: Callable[..., Any], make: Callable[..., Inputs], with_reset: bool
+    op: Callable[..., Any], make: Callable[..., Inputs], backend: str, with_reset: bool
 ) -> None:
     t = 21
     inputs = make(t) | ({"reset": torch.rand(2, t) < 0.15} if with_reset else {})
     inputs["x"].requires_grad_()
-    whole, last = op(**inputs)
+    whole, last = op(backend=backend, **inputs)
     (g_whole,) = torch.autograd.grad(whole.square().sum() + last.square().sum(), inputs["x"])
     for at in range(1, t):
-        first, state = op(**cut(inputs, 0, at))
-        second, state = op(**cut(inputs, at, t), initial=state)
+        first, state = op(backend=backend, **cut(inputs, 0, at))
+        second, state = op(backend=backend, **cut(inputs, at, t), initial=state)
         ys = torch.cat((first, second), 1)
         (g,) = torch.autograd.grad(ys.square().sum() + state.square().sum(), inputs["x"])
         assert close(ys, whole), at
@@ -83,42 +84,44 @@ def test_any_split_equals_the_whole(
 
 
 @every_recurrence
-def test_token_by_token_equals_the_whole(op: Callable[..., Any], make: Callable[..., Inputs]) -> None:
+def test_token_by_token_equals_the_whole(
+    op: Callable[..., Any], make: Callable[..., Inputs], backend: str
+) -> None:
     inputs = make(19)
-    whole, last = op(**inputs)
+    whole, last = op(backend=backend, **inputs)
     state, ys = None, []
     for i in range(19):
-        y, state = op(**cut(inputs, i, i + 1), initial=state)
+        y, state = op(backend=backend, **cut(inputs, i, i + 1), initial=state)
         ys.append(y)
     assert close(torch.cat(ys, 1), whole)
     assert close(state, last)
 
 
 @every_recurrence
-def test_reset_separates_documents(op: Callable[..., Any], make: Callable[..., Inputs]) -> None:
+def test_reset_separates_documents(op: Callable[..., Any], make: Callable[..., Inputs], backend: str) -> None:
     t = 21
     inputs = make(t)
-    _, initial = op(**make(9))
+    _, initial = op(backend=backend, **make(9))
     reset = torch.zeros(2, t, dtype=torch.bool)
     starts = [0, 5, 6, 16]
     reset[:, starts] = True
-    packed, state = op(**inputs, reset=reset, initial=initial)
-    pieces = [op(**cut(inputs, a, b)) for a, b in zip(starts, [*starts[1:], t], strict=True)]
+    packed, state = op(backend=backend, **inputs, reset=reset, initial=initial)
+    pieces = [op(backend=backend, **cut(inputs, a, b)) for a, b in zip(starts, [*starts[1:], t], strict=True)]
     assert close(packed, torch.cat([y for y, _ in pieces], 1))
     assert close(state, pieces[-1][1])
 
 
 @every_recurrence
 def test_nothing_before_a_reset_gets_a_gradient_from_behind_it(
-    op: Callable[..., Any], make: Callable[..., Inputs]
+    op: Callable[..., Any], make: Callable[..., Inputs], backend: str
 ) -> None:
     t, at = 21, 7
     inputs = make(t)
-    initial = op(**make(3))[1].requires_grad_()
+    initial = op(backend=backend, **make(3))[1].requires_grad_()
     leaves = {k: v.requires_grad_() for k, v in inputs.items() if k in PER_TOKEN}
     reset = torch.zeros(2, t, dtype=torch.bool)
     reset[:, at] = True
-    y, state = op(**inputs, reset=reset, initial=initial)
+    y, state = op(backend=backend, **inputs, reset=reset, initial=initial)
     grads = torch.autograd.grad(y[:, at:].sum() + state.sum(), [*leaves.values(), initial])
     assert all(not g[:, :at].any() for g in grads[:-1])
     assert not grads[-1].any()
@@ -128,12 +131,12 @@ def test_nothing_before_a_reset_gets_a_gradient_from_behind_it(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("op", "make"), RECURRENCES[1:])
 def test_extreme_steps_have_finite_gradients(
-    op: Callable[..., Any], make: Callable[..., Inputs], dtype: torch.dtype, size: float
+    op: Callable[..., Any], make: Callable[..., Inputs], backend: str, dtype: torch.dtype, size: float
 ) -> None:
     inputs = make(21, dtype=dtype)
     inputs["dt"] = inputs["dt"] * size
     leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, Tensor)]
-    y, state = op(**inputs, reset=torch.rand(2, 21) < 0.2)
+    y, state = op(backend=backend, **inputs, reset=torch.rand(2, 21) < 0.2)
     grads = torch.autograd.grad(y.float().sum() + state.sum(), leaves)
     assert all(v.isfinite().all() for v in (y, state, *grads))
 
@@ -153,12 +156,12 @@ def saved_bytes(function: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize(("op", "make"), RECURRENCES)
 def test_memory_kept_for_backward_is_linear_and_small(
-    op: Callable[..., Any], make: Callable[..., Inputs]
+    op: Callable[..., Any], make: Callable[..., Inputs], backend: str
 ) -> None:
     def kept(t: int) -> tuple[int, int]:
         inputs = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in make(t).items()}
         own = sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor))
-        return saved_bytes(lambda: op(**inputs)), own
+        return saved_bytes(lambda: op(backend=backend, **inputs)), own
 
     (short, _), (long, own) = kept(256), kept(1024)
     assert long <= 4 * short
@@ -167,29 +170,31 @@ def test_memory_kept_for_backward_is_linear_and_small(
 
 
 @every_recurrence
-def test_the_state_does_not_hold_the_inputs(op: Callable[..., Any], make: Callable[..., Inputs]) -> None:
+def test_the_state_does_not_hold_the_inputs(
+    op: Callable[..., Any], make: Callable[..., Inputs], backend: str
+) -> None:
     with torch.no_grad():
-        _, state = op(**make(200))
+        _, state = op(backend=backend, **make(200))
     assert state.untyped_storage().nbytes() == state.nbytes
 
 
-def test_conv_state_zeroes_what_stands_before_the_last_reset() -> None:
+@pytest.mark.parametrize("backend", ["reference", *FAST], indirect=True)
+def test_conv_state_zeroes_what_stands_before_the_last_reset(backend: str) -> None:
     x = torch.arange(1.0, 6.0).view(1, 5, 1)
     reset = torch.tensor([[False, False, False, True, False]])
-    for backend in ("reference", "torch"):
-        _, state = ops.causal_conv1d(x, torch.ones(1, 4), reset=reset, backend=backend)
-        assert state.flatten().tolist() == [0.0, 4.0, 5.0]
-        # fewer tokens than taps: the given state moves up
-        _, state = ops.causal_conv1d(x[:, :1], torch.ones(1, 4), initial=x[:, 1:4], backend=backend)
-        assert state.flatten().tolist() == [3.0, 4.0, 1.0]
+    _, state = ops.causal_conv1d(x, torch.ones(1, 4), reset=reset, backend=backend)
+    assert state.flatten().tolist() == [0.0, 4.0, 5.0]
+    # fewer tokens than taps: the given state moves up
+    _, state = ops.causal_conv1d(x[:, :1], torch.ones(1, 4), initial=x[:, 1:4], backend=backend)
+    assert state.flatten().tolist() == [3.0, 4.0, 1.0]
 
 
-def test_conv_keeps_non_finite_values_of_another_document_out() -> None:
+def test_conv_keeps_non_finite_values_of_another_document_out(backend: str) -> None:
     x = torch.randn(1, 8, 3)
     x[:, :4] = float("nan")
     x.requires_grad_()
     reset = torch.arange(8)[None] == 4
-    y, state = ops.causal_conv1d(x, torch.randn(3, 4), reset=reset)
+    y, state = ops.causal_conv1d(x, torch.randn(3, 4), reset=reset, backend=backend)
     assert y[:, 4:].isfinite().all()
     assert state.isfinite().all()
 
@@ -197,7 +202,7 @@ def test_conv_keeps_non_finite_values_of_another_document_out() -> None:
 operators = torch.ops.hybrid_lm
 
 
-def test_custom_operators_pass_opcheck() -> None:
+def test_the_operators_of_the_torch_forms_pass_opcheck() -> None:
     s = scan_inputs(18, dtype=torch.float32)
     x, dt, A, B, C, D, z = (s[k].requires_grad_() for k in ("x", "dt", "A", "B", "C", "D", "z"))
     reset = torch.rand(2, 18) < 0.2
