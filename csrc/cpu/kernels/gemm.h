@@ -102,7 +102,6 @@ struct Tile {
   HYBRID_LM_FN void add_transposed(Matrix<S> left, Matrix<S> right, int64_t first, int64_t last) {
     add(left.data, 1, left.pitch, right, first, last);
   }
-
   // f(sum, r, c) for every vector: r and c count from the matrix's first row and column.
   template <class F>
   HYBRID_LM_FN void for_each(const F& f) {
@@ -123,7 +122,8 @@ struct Tile {
 // How many tiles for_each_tile goes through.
 template <class S>
 constexpr int64_t tiles_of(int64_t rows, int64_t columns) {
-  return (rows / TILE_ROWS) * ((columns + 2 * Lanes<S>::COUNT - 1) / (2 * Lanes<S>::COUNT));
+  constexpr int64_t width = 2 * Lanes<S>::COUNT;
+  return (rows / TILE_ROWS) * ((columns + width - 1) / width);
 }
 
 // f(tile) for all tiles of a matrix, a panel of columns after the other: the right factor's panel stays in the first

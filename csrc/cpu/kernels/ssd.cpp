@@ -61,10 +61,14 @@ void run_head(const SsdArgs& a, const SsdItem& item, int64_t head, int64_t k, co
   load_tokens(a.x, item.batch, g, head, a.head_dim, tokens, size.head_dim, w.x);
   mix(w.shared, steps, value(a.D, head, S(0)), tokens, w.Mt);
   const Ahead next = ahead(a, item, head, g);
-  int64_t part = 0, parts = tiles_of<S>(tokens, size.head_dim);
+  int64_t calls = tiles_of<S>(tokens, size.head_dim);
+  Prefetch<true> y(a.y, item.batch, g, head, a.head_dim, calls);
+  // With the first head comes another B and C.
+  if (next.head != item.head) calls = 0;
+  Prefetch<> B(a.B, item.batch, next.tokens, item.group, a.states, calls);
+  Prefetch<> C(a.C, item.batch, next.tokens, item.group, a.states, calls);
   for_each_tile<S>(tokens, size.head_dim, [&](auto tile) {
-    if (next.head == item.head) prefetch_shared(a, item.batch, item.group, next.tokens, part, parts);
-    prefetch_tokens<true>(a.y, item.batch, g, head, a.head_dim, part++, parts);
+    y.next(), B.next(), C.next();
     if (g.enters) {
       tile.add(w.shared.C, state, 0, size.states);
       tile.scale_rows(steps.from_start);
@@ -80,9 +84,9 @@ void run_head(const SsdArgs& a, const SsdItem& item, int64_t head, int64_t k, co
     const S whole = steps.whole(g);
     const bool keeps = a.before && g.start + g.count < a.tokens, vectors = keeps_vectors<S>(a);
     const Matrix<S> kept{keeps ? kept_state<S>(a, item.batch, head, k + 1) : nullptr, a.head_dim};
-    part = 0, parts = tiles_of<S>(size.states, size.head_dim);
+    Prefetch<> x(a.x, item.batch, next.tokens, next.head, a.head_dim, tiles_of<S>(size.states, size.head_dim));
     for_each_tile<S>(size.states, size.head_dim, [&](auto tile) {
-      prefetch_tokens(a.x, item.batch, next.tokens, next.head, a.head_dim, part++, parts);
+      x.next();
       if (g.enters) tile.for_each([&](auto& s, int64_t n, int64_t p) { s = whole * Lanes<S>::load(state.row(n) + p); });
       tile.add_transposed(w.shared.B, w.x_end, 0, tokens);
       tile.store(state);

@@ -126,27 +126,39 @@ inline void store_tokens(const View& v, int64_t batch, const Segment& g, int64_t
 
 inline int64_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
-// Asks for one of the `parts` of a token tensor's rows ahead of time, to be read or to be written. Rows lie in
-// different pages, where the processor's own prefetching stops; between two tiles the requests cost next to nothing.
+// Asks for cache lines ahead of time, a part of them at every `next`, which is called `calls` times. Rows lie in
+// different pages, where the processor's own prefetching stops; between two tiles a few requests cost little.
 template <bool WRITE = false>
-HYBRID_LM_FN void prefetch_tokens(const View& v, int64_t batch, const Segment& g, int64_t k, int64_t count,
-                                  int64_t part, int64_t parts) {
-  if (!v) return;
-  const int64_t size = bytes_of(v.type);
-  for (int64_t t = part; t < g.count; t += parts) {
-    const char* row = static_cast<const char*>(v.data) +
-                      (batch * v.stride[0] + (g.start + t) * v.stride[1] + k * v.stride[2]) * size;
-    for (int64_t byte = 0; byte < count * v.stride[3] * size; byte += 64) __builtin_prefetch(row + byte, WRITE, 2);
+class Prefetch {
+ public:
+  Prefetch(const void* data, int64_t bytes, int64_t calls)
+      : at(static_cast<const char*>(data)), width((bytes + 63) / 64), rows(data ? 1 : 0), left(width) {
+    set_rate(calls);
   }
-}
+  // The tokens of a (b t k m) tensor.
+  Prefetch(const View& v, int64_t batch, const Segment& g, int64_t k, int64_t count, int64_t calls)
+      : rows(v ? g.count : 0) {
+    const int64_t size = bytes_of(v.type);
+    at = static_cast<const char*>(v.data) + (batch * v.stride[0] + g.start * v.stride[1] + k * v.stride[2]) * size;
+    width = left = (count * v.stride[3] * size + 63) / 64;
+    row_step = v.stride[1] * size;
+    set_rate(calls);
+  }
 
-// The same for bytes that lie together.
-template <bool WRITE = false>
-HYBRID_LM_FN void prefetch(const void* data, int64_t bytes, int64_t part, int64_t parts) {
-  const int64_t some = (bytes / 64 + parts - 1) / parts * 64, end = (part + 1) * some;
-  for (int64_t at = part * some; at < end && at < bytes; at += 64)
-    __builtin_prefetch(static_cast<const char*>(data) + at, WRITE, 2);
-}
+  HYBRID_LM_FN void next() {
+    for (int64_t i = 0; i < rate && rows > 0; ++i) {
+      __builtin_prefetch(at + (width - left) * 64, WRITE, 2);
+      if (--left > 0) continue;
+      left = width, at += row_step, --rows;
+    }
+  }
+
+ private:
+  void set_rate(int64_t calls) { rate = width > 0 && calls > 0 ? (width * rows + calls - 1) / calls : 0; }
+
+  const char* at;
+  int64_t width, rows, left, row_step = 0, rate;  // width: lines of a row; left: of this one
+};
 
 template <class S>
 inline void fill(Matrix<S> m, int64_t rows, int64_t columns, S with) {
@@ -270,12 +282,6 @@ HYBRID_LM_OUTLINE void multiply_causal(Matrix<S> B, Matrix<S> Ct, int64_t tokens
     tile.add(B, Ct, 0, states);
     tile.store(CBt);
   });
-}
-
-HYBRID_LM_FN void prefetch_shared(const SsdArgs& a, int64_t batch, int64_t group, const Segment& g, int64_t part,
-                                  int64_t parts) {
-  prefetch_tokens(a.B, batch, g, group, a.states, part, parts);
-  prefetch_tokens(a.C, batch, g, group, a.states, part, parts);
 }
 
 // What all heads of an item share in a segment.

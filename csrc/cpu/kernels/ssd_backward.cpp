@@ -101,7 +101,7 @@ struct Head {
   const Segment g;
   const bool asked;  // gS is there
   const Ahead next;
-  const bool last_head;  // of the item: `next` has another B and C
+  const bool last_head;  // of the item: before the next one comes another B and C
   const int64_t tokens;
   const Matrix<S> gS;
   Matrix<S> state;  // the one before the segment
@@ -123,6 +123,7 @@ struct Head {
   void mix();
   void find_gx();
   void find_pairs();
+  void find_state_parts();
   void find_gS();
   void find_gdt(HeadSums& total);
   void run(HeadSums& total);
@@ -159,11 +160,14 @@ void Head<S>::mix() {
 template <class S>
 void Head<S>::find_gx() {
   const S D = value(a.D, head, S(0));
-  int64_t part = 0, parts = tiles_of<S>(tokens, size.head_dim);
+  const int64_t calls = tiles_of<S>(tokens, size.head_dim);
+  const int64_t group = head / size.heads_per_group, shared_calls = last_head ? calls : 0;
+  Prefetch<> B(a.B, batch, next.tokens, group, a.states, shared_calls);
+  Prefetch<> C(a.C, batch, next.tokens, group, a.states, shared_calls);
+  Prefetch<> read(g.enters ? state.data : nullptr, a.states * state.pitch * sizeof(S), calls);
+  Prefetch<true> written(a.gx, batch, g, head, a.head_dim, calls);
   for_each_tile<S>(tokens, size.head_dim, [&](auto tile) {
-    if (last_head) prefetch_shared(a, batch, head / size.heads_per_group, next.tokens, part, parts);
-    if (g.enters) prefetch(state.data, a.states * state.pitch * sizeof(S), part, parts);
-    prefetch_tokens<true>(a.gx, batch, g, head, a.head_dim, part++, parts);
+    read.next(), written.next(), B.next(), C.next();
     if (asked) {
       tile.add(w.shared.B, gS, 0, size.states);
       tile.scale_rows(steps.to_end);
@@ -221,8 +225,8 @@ void Head<S>::find_pairs() {
 
 // T = state^T v_t for every token, [n][token]: adds T scale_t to `sum` and T . with_t to `dot`.
 template <class S>
-void product_with_state(Matrix<S> state, Matrix<S> vt, Matrix<S> with, const S* scale, const SsdSizes<S>& size,
-                        int64_t tokens, Matrix<S> sum, S* dot) {
+HYBRID_LM_OUTLINE void product_with_state(Matrix<S> state, Matrix<S> vt, Matrix<S> with, const S* scale,
+                                          const SsdSizes<S>& size, int64_t tokens, Matrix<S> sum, S* dot) {
   using L = Lanes<S>;
   for_each_tile<S>(size.states, tokens, [&](auto tile) {
     tile.add(state, vt, 0, size.head_dim);
@@ -230,15 +234,27 @@ void product_with_state(Matrix<S> state, Matrix<S> vt, Matrix<S> with, const S* 
     for (int r = 0; r < TILE_ROWS; ++r)
       for (int v = 0; v * L::COUNT < tile.COLUMNS; ++v) {
         const int64_t t = tile.column + v * L::COUNT;
+        const auto product = tile.sum[r][v];
         S* to = sum.row(tile.row + r) + t;
-        L::store(to, L::load(to) + tile.sum[r][v] * L::load(scale + t));
-        along[v] += tile.sum[r][v] * L::load(with.row(tile.row + r) + t);
+        L::store(to, L::load(to) + product * L::load(scale + t));
+        along[v] += product * L::load(with.row(tile.row + r) + t);
       }
     for (int v = 0; v * L::COUNT < tile.COLUMNS; ++v) {
       S* to = dot + tile.column + v * L::COUNT;
       L::store(to, L::load(to) + along[v]);
     }
   });
+}
+
+// What C and B are asked through the states before and after the segment.
+template <class S>
+void Head<S>::find_state_parts() {
+  if (g.enters)
+    product_with_state(state, w.gyt, w.shared.Ct, steps.from_start, size, tokens, sums.gCt, by_C);
+  alignas(64) S weight[SSD_CHUNK];
+  for (int64_t j = 0; j < tokens; ++j) weight[j] = steps.to_end[j] * steps.dt[j];
+  if (asked)
+    product_with_state(gS, w.xt, w.Bt, weight, size, tokens, sums.gBt, by_B);
 }
 
 // What earlier tokens are asked through the state before the segment.
@@ -248,10 +264,11 @@ void Head<S>::find_gS() {
     for (int64_t p = 0; p < size.head_dim; ++p) w.gy_start.row(i)[p] = steps.from_start[i] * w.gy.row(i)[p];
   const S whole = steps.whole(g);
   V sum{};
-  int64_t part = 0, parts = tiles_of<S>(size.states, size.head_dim);
+  const int64_t calls = tiles_of<S>(size.states, size.head_dim);
+  Prefetch<> x(a.x, batch, next.tokens, next.head, a.head_dim, calls);
+  Prefetch<> gy(a.gy, batch, next.tokens, next.head, a.head_dim, calls);
   for_each_tile<S>(size.states, size.head_dim, [&](auto tile) {
-    prefetch_tokens(a.x, batch, next.tokens, next.head, a.head_dim, part, parts);
-    prefetch_tokens(a.gy, batch, next.tokens, next.head, a.head_dim, part++, parts);
+    x.next(), gy.next();
     if (asked)
       tile.for_each([&](V& s, int64_t n, int64_t p) {
         const V after = L::load(gS.row(n) + p);
@@ -299,13 +316,7 @@ void Head<S>::run(HeadSums& total) {
   mix();
   find_gx();
   find_pairs();
-  if (g.enters)
-    product_with_state(state, w.gyt, w.shared.Ct, steps.from_start, size, tokens, sums.gCt, by_C);
-  if (asked) {
-    alignas(64) S weight[SSD_CHUNK];
-    for (int64_t j = 0; j < tokens; ++j) weight[j] = steps.to_end[j] * steps.dt[j];
-    product_with_state(gS, w.xt, w.Bt, weight, size, tokens, sums.gBt, by_B);
-  }
+  find_state_parts();
   if (g.enters) find_gS();
   find_gdt(total);
   store_tokens(a.gx, batch, g, head, a.head_dim, w.gx);
