@@ -80,7 +80,10 @@ def scan(
             "C": randn(g, b, t, n),
         }
         if full:
-            inputs |= {"D": randn(g, d), "z": randn(g, b, t, d), "dt_bias": randn(g, d)}
+            bias = randn(g, d)
+            # a step below 0, which softplus would keep away, lets the state grow
+            bias = bias.abs() if "dt_softplus" in without else bias
+            inputs |= {"D": randn(g, d), "z": randn(g, b, t, d), "dt_bias": bias}
             inputs |= {"dt_softplus": True, "initial": randn(g, b, d, n)}
         return only(inputs | reset_of(g, reset, b, t), without)
 
