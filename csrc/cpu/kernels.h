@@ -85,6 +85,13 @@ struct NormGradArgs : NormArgs {
   View gx, ggate, gweight;
 };
 
+struct LinearArgs {
+  Parallel parallel;
+  int64_t rows, width, outputs;
+  View x, weight, bias;  // (rows width), (outputs width) with contiguous rows, (outputs) or absent
+  View y;                // (rows outputs)
+};
+
 struct Kernels {
   const char* isa;
   void (*scan)(const ScanArgs&);
@@ -95,6 +102,7 @@ struct Kernels {
   void (*conv_backward)(const ConvGradArgs&);
   void (*norm)(const NormArgs&);
   void (*norm_backward)(const NormGradArgs&);
+  void (*linear)(const LinearArgs&);
 };
 
 // Tokens between two states that `before` keeps.

@@ -127,7 +127,7 @@ class Attention(Layer):
 
     def forward(self, x: Tensor, state: KVState | None, ctx: Context) -> tuple[Tensor, KVState | None]:
         o = self.options
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.q_proj(x, ctx), self.k_proj(x, ctx), self.v_proj(x, ctx)
         if o.qk_norm == "full":
             q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
         q = q.unflatten(-1, (self.n_heads, self.head_dim))
@@ -156,7 +156,7 @@ class Attention(Layer):
             dropout_p=o.dropout if self.training else 0.0,
             backend=ctx.backends.get("attention"),
         )
-        return self.o_proj(y.flatten(-2)), state
+        return self.o_proj(y.flatten(-2), ctx), state
 
     def slopes(self, ctx: Context) -> Tensor:
         """ALiBi's slopes (h), made once per call."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hybrid_lm.config.schema import BlockConfig, PerCallConfig
 from hybrid_lm.layers.base import Context, Layer, LayerList, LayerOptions, Module, State, StateList
 from hybrid_lm.layers.parts import Linear, make_norm, zeros
+from hybrid_lm.ops import linear
 
 
 class Branch(Layer):
@@ -83,9 +84,10 @@ class LoRA(Module):
         self.add("A", (rank, d_in), "matrix")
         self.add("B", (d_out, rank), "matrix", zeros)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (... d_in) -> what is added to W's output, (... d_out)."""
-        return F.linear(F.linear(x, self.A), self.B)
+        backend = ctx.backends.get("linear")
+        return linear(linear(x, self.A, backend=backend), self.B, backend=backend)
 
 
 class Adapted(nn.Module):
@@ -95,8 +97,8 @@ class Adapted(nn.Module):
         super().__init__()
         self.linear, self.lora = linear, lora
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.lora(x)
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.linear(x, ctx) + self.lora(x, ctx)
 
 
 def seen_with(module: nn.Module, name: str, replaced: nn.Module) -> nn.Module:
@@ -146,7 +148,7 @@ class Shared(Layer):
 
     def forward(self, x: Tensor, state: State | None, ctx: Context) -> tuple[Tensor, State | None]:
         y, state = self._view[0](x, state, ctx)
-        return (y if self.out_proj is None else self.out_proj(y)), state
+        return (y if self.out_proj is None else self.out_proj(y, ctx)), state
 
     def mixing_flops(self, context: int) -> float:
         return self.core.mixing_flops(context)

@@ -91,7 +91,7 @@ class Mamba(Layer):
         return SSMState(conv, self.A_log.new_zeros(batch, self.d_inner, self.d_state).detach())
 
     def forward(self, x: Tensor, state: SSMState | None, ctx: Context) -> tuple[Tensor, SSMState | None]:
-        u, z = self.in_proj(x).chunk(2, -1)
+        u, z = self.in_proj(x, ctx).chunk(2, -1)
         u, conv = causal_conv1d(
             u,
             self.conv_weight,
@@ -102,12 +102,12 @@ class Mamba(Layer):
             donate=True,
             backend=ctx.backends.get("causal_conv1d"),
         )
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt, B, C = self.x_proj(u, ctx).split([self.dt_rank, self.d_state, self.d_state], -1)
         if self.dt_norm is not None:
             dt, B, C = self.dt_norm(dt, ctx), self.B_norm(B, ctx), self.C_norm(C, ctx)
         y, ssm = selective_scan(
             u,
-            self.dt_proj(dt),
+            self.dt_proj(dt, ctx),
             -torch.exp(self.A_log),
             B,
             C,
@@ -120,7 +120,7 @@ class Mamba(Layer):
             donate=True,
             backend=ctx.backends.get("selective_scan"),
         )
-        return self.out_proj(y), None if state is None else SSMState(conv, ssm)
+        return self.out_proj(y, ctx), None if state is None else SSMState(conv, ssm)
 
     def mixing_flops(self, context: int) -> float:
         # Per channel and state: decay, two products and a sum of the update, two of the read-out, and the

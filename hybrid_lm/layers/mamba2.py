@@ -122,7 +122,7 @@ class Mamba2(Layer):
 
     def forward(self, x: Tensor, state: SSMState | None, ctx: Context) -> tuple[Tensor, SSMState | None]:
         o = self.options
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_xBC, self.n_heads], -1)
+        z, xBC, dt = self.in_proj(x, ctx).split([self.d_inner, self.d_xBC, self.n_heads], -1)
         xBC, conv = causal_conv1d(
             xBC,
             self.conv_weight,
@@ -160,7 +160,7 @@ class Mamba2(Layer):
             order=o.norm,
             backend=ctx.backends.get("gated_rms_norm"),
         )
-        return self.out_proj(y), None if state is None else SSMState(conv, ssm)
+        return self.out_proj(y, ctx), None if state is None else SSMState(conv, ssm)
 
     def mixing_flops(self, context: int) -> float:
         # The recurrent form: decay, update and read-out of a state of d_inner n numbers, and the convolution.

@@ -54,6 +54,6 @@ class MLP(Layer):
         self.down_proj = Linear(d_ff, self.d_out, bias=options.bias, kind="output")
 
     def forward(self, x: Tensor, state: None, ctx: Context) -> tuple[Tensor, None]:
-        up = self.up_proj(x)
-        hidden = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
-        return self.down_proj(hidden), state
+        up = self.up_proj(x, ctx)
+        hidden = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x, ctx)) * up
+        return self.down_proj(hidden, ctx), state

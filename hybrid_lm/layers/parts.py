@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hybrid_lm.config.schema import BlockConfig
 from hybrid_lm.layers.base import Context, Init, Module
-from hybrid_lm.ops import rms_norm
+from hybrid_lm.ops import linear, rms_norm
 
 
 def ones(x: Tensor, _: object) -> None:
@@ -33,9 +33,9 @@ class Linear(Module):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (... d_in) -> (... d_out)."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, backend=ctx.backends.get("linear"))
 
 
 class RMSNorm(Module):

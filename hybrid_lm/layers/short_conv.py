@@ -49,7 +49,7 @@ class ShortConv(Layer):
         return ConvState(self.conv_weight.new_zeros(batch, self.width - 1, self.d_in).detach())
 
     def forward(self, x: Tensor, state: ConvState | None, ctx: Context) -> tuple[Tensor, ConvState | None]:
-        B, C, u = self.in_proj(x).chunk(3, -1)
+        B, C, u = self.in_proj(x, ctx).chunk(3, -1)
         y, conv = causal_conv1d(
             B * u,
             self.conv_weight,
@@ -59,7 +59,7 @@ class ShortConv(Layer):
             donate=True,
             backend=ctx.backends.get("causal_conv1d"),
         )
-        return self.out_proj(C * y), None if state is None else ConvState(conv)
+        return self.out_proj(C * y, ctx), None if state is None else ConvState(conv)
 
     def mixing_flops(self, context: int) -> float:
         return 2.0 * self.d_in * (self.width + 2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.layers.base import Context, Layer, LayerList, Module, State
 from hybrid_lm.layers.parts import Embedding, make_norm
-from hybrid_lm.ops import TokenLoss, linear_cross_entropy
+from hybrid_lm.ops import TokenLoss, linear, linear_cross_entropy
 
 
 class LMOutput(NamedTuple):
@@ -108,7 +108,7 @@ class HybridLM(Module):
     def logits(self, x: Tensor) -> Tensor:
         """x (... d) -> (... v)."""
         head = self.config.head
-        logits = F.linear(x, self.head_weight, self.lm_bias)
+        logits = linear(x, self.head_weight, self.lm_bias, backend=self.backends.get("linear"))
         if head.multiplier != 1.0:
             logits = logits * head.multiplier
         return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits

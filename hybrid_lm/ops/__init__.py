@@ -9,6 +9,7 @@ from hybrid_lm.ops import native
 from hybrid_lm.ops.attention import alibi_slopes, attention
 from hybrid_lm.ops.backend import report, select
 from hybrid_lm.ops.causal_conv1d import causal_conv1d
+from hybrid_lm.ops.linear import linear
 from hybrid_lm.ops.loss import TokenLoss, linear_cross_entropy
 from hybrid_lm.ops.norm import gated_rms_norm, rms_norm
 from hybrid_lm.ops.rope import apply_rope, rope_table
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "causal_conv1d",
     "gated_rms_norm",
+    "linear",
     "linear_cross_entropy",
     "native",
     "report",

@@ -81,8 +81,10 @@ def test_per_call_parts_are_low_rank_additions_and_a_projection():
         assert torch.equal(call.lora["up_proj"].B, torch.zeros(16, 2)), "an adapter starts as no change"
         torch.nn.init.normal_(call.lora["up_proj"].B)
         core, lora = call.core, call.lora["up_proj"]
-        up = core.up_proj(x) + (x @ lora.A.T) @ lora.B.T
-        expected = call.out_proj(core.down_proj(torch.nn.functional.silu(core.gate_proj(x)) * up))
+        up = core.up_proj(x, CTX) + (x @ lora.A.T) @ lora.B.T
+        expected = call.out_proj(
+            core.down_proj(torch.nn.functional.silu(core.gate_proj(x, CTX)) * up, CTX), CTX
+        )
         # float32 sums of tens of terms in two orders.
         torch.testing.assert_close(call(x, None, CTX)[0], expected, rtol=1e-5, atol=1e-5)
 

@@ -15,10 +15,11 @@ void conv(const ConvArgs&);
 void conv_backward(const ConvGradArgs&);
 void norm(const NormArgs&);
 void norm_backward(const NormGradArgs&);
+void linear(const LinearArgs&);
 
 extern const Kernels kernels;
-const Kernels kernels = {HYBRID_LM_NAME(HYBRID_LM_ISA), scan, scan_backward, ssd,  ssd_backward,
-                         conv, conv_backward, norm, norm_backward};
+const Kernels kernels = {HYBRID_LM_NAME(HYBRID_LM_ISA), scan, scan_backward, ssd,   ssd_backward,
+                         conv, conv_backward, norm, norm_backward, linear};
 
 }  // namespace HYBRID_LM_ISA
 }  // namespace hybrid_lm
