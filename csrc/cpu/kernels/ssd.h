@@ -132,16 +132,17 @@ template <bool WRITE = false>
 class Prefetch {
  public:
   Prefetch(const void* data, int64_t bytes, int64_t calls)
-      : at(static_cast<const char*>(data)), width((bytes + 63) / 64), rows(data ? 1 : 0), left(width) {
+      : at(static_cast<const char*>(data)), width((bytes + 63) / 64), left(width), rows(data ? 1 : 0) {
     set_rate(calls);
   }
   // The tokens of a (b t k m) tensor.
-  Prefetch(const View& v, int64_t batch, const Segment& g, int64_t k, int64_t count, int64_t calls)
-      : rows(v ? g.count : 0) {
+  Prefetch(const View& v, int64_t batch, const Segment& g, int64_t k, int64_t count, int64_t calls) {
+    if (!v) return;
     const int64_t size = bytes_of(v.type);
     at = static_cast<const char*>(v.data) + (batch * v.stride[0] + g.start * v.stride[1] + k * v.stride[2]) * size;
     width = left = (count * v.stride[3] * size + 63) / 64;
     row_step = v.stride[1] * size;
+    rows = g.count;
     set_rate(calls);
   }
 
@@ -156,8 +157,8 @@ class Prefetch {
  private:
   void set_rate(int64_t calls) { rate = width > 0 && calls > 0 ? (width * rows + calls - 1) / calls : 0; }
 
-  const char* at;
-  int64_t width, rows, left, row_step = 0, rate;  // width: lines of a row; left: of this one
+  const char* at = nullptr;
+  int64_t width = 0, left = 0, rows = 0, row_step = 0, rate = 0;  // width: lines of a row; left: of this one
 };
 
 template <class S>

@@ -104,7 +104,7 @@ struct Head {
   const bool last_head;  // of the item: before the next one comes another B and C
   const int64_t tokens;
   const Matrix<S> gS;
-  Matrix<S> state;  // the one before the segment
+  Matrix<S> state{nullptr, 0};  // the one before the segment, if there is one
   Steps<S> steps;
   alignas(64) S gs[SSD_CHUNK] = {};      // gradient of s_i
   alignas(64) S gdt[SSD_CHUNK] = {};     // gradient of dt_j, without what passes through s
@@ -164,7 +164,7 @@ void Head<S>::find_gx() {
   const int64_t group = head / size.heads_per_group, shared_calls = last_head ? calls : 0;
   Prefetch<> B(a.B, batch, next.tokens, group, a.states, shared_calls);
   Prefetch<> C(a.C, batch, next.tokens, group, a.states, shared_calls);
-  Prefetch<> read(g.enters ? state.data : nullptr, a.states * state.pitch * sizeof(S), calls);
+  Prefetch<> read(state.data, a.states * state.pitch * sizeof(S), calls);
   Prefetch<true> written(a.gx, batch, g, head, a.head_dim, calls);
   for_each_tile<S>(tokens, size.head_dim, [&](auto tile) {
     read.next(), written.next(), B.next(), C.next();
