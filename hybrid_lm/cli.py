@@ -238,7 +238,12 @@ VERBS = {
             ),
             option("--op", action="append", help="of ops: only this one; may be given again"),
             option("--length", type=counts, help="tokens, with commas for several (ops: with a plot)"),
-            option("--threads", type=count(), default=1, help="1: process CPU time; more: wall time"),
+            option(
+                "--threads",
+                type=count(),
+                default=1,
+                help="1: process CPU time; more: wall time, and one thread beside",
+            ),
             option("--repeat", type=count(), default=5, help="timed rounds"),
             option("--only", help="these candidates, with commas"),
             option("--no-compile", action="store_true", help="leave torch.compile out (it is slow)"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,32 @@ def installed(package: str) -> str | None:
         return None
 
 
-def yardsticks(clock: Callable[[], float], repeat: int = 5) -> dict[str, float]:
-    """The best of a few rounds: float32 matrix product in GFLOP/s, copying in GB/s read and written."""
+@contextmanager
+def one_thread(threads: int) -> Iterator[None]:
+    """One thread inside, `threads` again afterwards."""
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def yardsticks(clock: Callable[[], float], threads: int = 1, repeat: int = 5) -> dict[str, float]:
+    """The best of a few rounds: float32 matrix product in GFLOP/s, copying in GB/s read and written; how many
+    times one thread's these are."""
+    found = rates(clock, repeat)
+    if threads > 1:
+        with one_thread(threads):
+            alone = rates(clock, repeat)
+        found |= {f"{what}_speedup": found[rate] / alone[rate] for what, rate in RATES.items()}
+    return found
+
+
+RATES = {"matmul": "matmul_gflop_s", "copy": "copy_gb_s"}
+
+
+def rates(clock: Callable[[], float], repeat: int) -> dict[str, float]:
+    """A large matrix product and a large copy."""
     n, m = 1024, 1 << 23
     a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
     source, target = torch.ones(m), torch.zeros(m)

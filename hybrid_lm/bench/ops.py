@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hybrid_lm.bench.cases import CASES, Case, Inputs, Op, gradients
-from hybrid_lm.bench.machine import new_document, yardsticks
+from hybrid_lm.bench.machine import new_document, one_thread, yardsticks
 from hybrid_lm.bench.measure import (
     Candidate,
     Row,
@@ -90,17 +90,20 @@ def measure(
     rows = compare(
         candidates,
         check=check,
-        run=lambda op: timed(op, inputs, dy, clock),
+        run=lambda op: timed(op, inputs, dy, clock, threads),
         repeat=repeat,
         length=length,
         tell=tell,
     )
-    best = yardsticks(clock)
+    best = yardsticks(clock, threads)
     if flop := case.flop(inputs):
         for row in rows.values():
             if "fwd_ms" in row:
                 reached = flop / row["fwd_ms"]["median"] * 1e-6
                 row["fwd_share_of_matmul"] = reached / best["matmul_gflop_s"]
+    for row in rows.values():
+        if "one_thread_ms" in row:
+            row["threads_speedup"] = row["one_thread_ms"]["median"] / row["fwd_bwd_ms"]["median"]
     return {
         "op": case.name,
         "tokens": length,
@@ -110,15 +113,24 @@ def measure(
     }
 
 
-def timed(run: Op, inputs: Inputs, dy: torch.Tensor, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Milliseconds of the forward pass alone, nothing saved, and of forward + backward."""
+def timed(
+    run: Op, inputs: Inputs, dy: torch.Tensor, clock: Callable[[], float], threads: int
+) -> dict[str, list[float]]:
+    """Milliseconds of the forward pass alone, nothing saved, and of forward + backward; of several threads,
+    those of forward + backward on one as well."""
     with torch.no_grad():
         start = clock()
         run(inputs)
         forward = clock() - start
     start = clock()
     gradients(run, inputs, dy)
-    return {"fwd_ms": [forward * 1e3], "fwd_bwd_ms": [(clock() - start) * 1e3]}
+    times = {"fwd_ms": [forward * 1e3], "fwd_bwd_ms": [(clock() - start) * 1e3]}
+    if threads > 1:
+        with one_thread(threads):
+            start = clock()
+            gradients(run, inputs, dy)
+            times["one_thread_ms"] = [(clock() - start) * 1e3]
+    return times
 
 
 def add_memory(found: Mapping[str, Any], case: str, length: int, threads: int, tell: Tell) -> None:

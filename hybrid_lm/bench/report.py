@@ -60,17 +60,20 @@ def show(console: Console, document: Document, case: Mapping[str, Any]) -> None:
     if sizes := case.get("parameters"):
         told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
         console.print(f"parameters: {told}", markup=False, highlight=False)
-    for line in sentences(rows):
+    for line in sentences(rows, case.get("yardsticks", {})):
         console.print(line, markup=False, highlight=False)
 
 
-def sentences(rows: Mapping[str, Any]) -> Iterator[str]:
+def sentences(rows: Mapping[str, Any], best: Mapping[str, float]) -> Iterator[str]:
     """What was not measured and why, and what ours reach."""
     for name, row in rows.items():
         if row.get("note"):
             yield f"{name}: {row['status']}: {row['note']}"
         if row["ours"] and "fwd_share_of_matmul" in row:
             yield f"{name}, forward: {row['fwd_share_of_matmul']:.0%} of a matrix product's rate"
+        if "threads_speedup" in row:
+            machine = f"a matrix product {best['matmul_speedup']:.2f}x, copying {best['copy_speedup']:.2f}x"
+            yield f"{name}: {row['threads_speedup']:.2f}x as fast as on one thread ({machine})"
         for peer, times in row.get("over", {}).items():
             mine, theirs = row.get("peak_mb"), rows[peer].get("peak_mb")
             memory = f", with {mine / theirs:.1%} of its memory" if mine and theirs else ""

@@ -167,7 +167,7 @@ def test_a_mistake_is_one_clear_message(words, message, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_threads_above_one_are_timed_by_the_wall(tmp_path):
+def test_threads_above_one_are_timed_by_the_wall_beside_one(tmp_path, capsys):
     found = bench(
         tmp_path / "ops.json",
         "--op",
@@ -181,3 +181,7 @@ def test_threads_above_one_are_timed_by_the_wall(tmp_path):
         "--no-memory",
     )
     assert found["clock"] == "wall time"
+    row = found["cases"][0]["candidates"]["torch"]
+    assert row["threads_speedup"] == row["one_thread_ms"]["median"] / row["fwd_bwd_ms"]["median"]
+    assert {"matmul_speedup", "copy_speedup"} <= set(found["cases"][0]["yardsticks"])
+    assert "x as fast as on one thread (a matrix product" in capsys.readouterr().out
