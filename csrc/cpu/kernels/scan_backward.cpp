@@ -157,10 +157,14 @@ template <class S>
 void run(const ScanGradArgs& a) {
   const int64_t group = scan_group(a), groups = (a.width + group - 1) / group;
   const int64_t per_token = a.batch * a.tokens * a.states, per_state = a.states * a.width;
-  S* all = static_cast<S*>(std::malloc((2 * groups * per_token + a.batch * (per_state + 2 * a.width)) * sizeof(S)));
+  // At least one part of each: without channels or sequences it is the sum, zeros.
+  const int64_t token_parts = groups ? groups : 1, state_parts = a.batch ? a.batch : 1;
+  const size_t bytes = (2 * token_parts * per_token + state_parts * (per_state + 2 * a.width)) * sizeof(S);
+  S* all = static_cast<S*>(std::malloc(bytes));
+  if (!groups || !a.batch) std::memset(all, 0, bytes);
   Parts<S> parts;
-  parts.gB = all, parts.gC = parts.gB + groups * per_token, parts.gA = parts.gC + groups * per_token;
-  parts.gD = parts.gA + a.batch * per_state, parts.gdt_bias = parts.gD + a.batch * a.width;
+  parts.gB = all, parts.gC = parts.gB + token_parts * per_token, parts.gA = parts.gC + token_parts * per_token;
+  parts.gD = parts.gA + state_parts * per_state, parts.gdt_bias = parts.gD + state_parts * a.width;
   for_each_item(a.parallel, a.batch * groups, 2 * a.batch * a.tokens * a.width * a.states,
                 [&](int64_t item) { scan_item<S>(a, item, group, parts); });
   // A stretch of tokens per item.

@@ -264,8 +264,9 @@ inline void Steps<S>::load(const SsdArgs& a, int64_t batch, int64_t head, const 
   double s = 0;
   for (int64_t i = 0; i < tokens; ++i) {
     double step = dt[i] * rate;
-    // Nothing stands before the first token, so its decay has no part in anything.
-    if (i > 0 || g.enters) s += step < least ? least : step;
+    // Nothing stands before the first token, so its decay has no part in anything. Behind the last one the step is
+    // 0, but not its product with an infinite rate.
+    if (i < g.count && (i > 0 || g.enters)) s += step < least ? least : step;
     high[i] = S(s);
     low[i] = S(s - high[i]);
   }

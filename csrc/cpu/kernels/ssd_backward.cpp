@@ -483,7 +483,8 @@ void run(const SsdGradArgs& a) {
   Backward<S> pass(a);
   const int64_t chunks = chunks_of(a);
   // Rounds of few chunks keep what the items wait with small, whatever the length.
-  const int64_t most = ROUND_BYTES / (pass.items.count * pass.partial_bytes) + 1;
+  const int64_t chunk_bytes = pass.items.count * pass.partial_bytes;  // 0 without a sequence
+  const int64_t most = chunk_bytes ? ROUND_BYTES / chunk_bytes + 1 : 1;
   const int64_t rounds = (chunks + most - 1) / most, size = rounds ? (chunks + rounds - 1) / rounds : 0;
   Arena memory;
   pass.place(memory, size);
