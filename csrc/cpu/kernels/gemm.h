@@ -95,6 +95,9 @@ struct Tile {
         for (int v = 0; v < VECS; ++v) sum[r][v] += one * columns[v];
       }
     }
+    // The compiler forgets what it knows of `row`: it would keep the addresses of all rows that are used before and
+    // after the sums, in registers that these need.
+    asm("" : "+r"(row));
   }
   HYBRID_LM_FN void add(Matrix<S> left, Matrix<S> right, int64_t first, int64_t last) {
     add(left.data, left.pitch, 1, right, first, last);
@@ -102,6 +105,20 @@ struct Tile {
   HYBRID_LM_FN void add_transposed(Matrix<S> left, Matrix<S> right, int64_t first, int64_t last) {
     add(left.data, 1, left.pitch, right, first, last);
   }
+  // The steps from `row` to before row + TILE_ROWS of a triangular left matrix, its other half left out: what stands
+  // on the right of a zero may be a NaN.
+  template <bool LOWER>
+  HYBRID_LM_FN void add_diagonal(const S* left, int64_t row_step, int64_t k_step, Matrix<S> right) {
+    const S* l = left + row * (row_step + k_step);
+#pragma GCC unroll 8
+    for (int k = 0; k < TILE_ROWS; ++k)
+#pragma GCC unroll 8
+      for (int r = LOWER ? k : 0; r < (LOWER ? TILE_ROWS : k + 1); ++r) {
+        V one = L::broadcast(l[r * row_step + k * k_step]);
+        for (int v = 0; v < VECS; ++v) sum[r][v] += one * L::load(right.row(row + k) + column + v * L::COUNT);
+      }
+  }
+
   // f(sum, r, c) for every vector: r and c count from the matrix's first row and column.
   template <class F>
   HYBRID_LM_FN void for_each(const F& f) {
@@ -153,6 +170,14 @@ HYBRID_LM_FN void for_each_upper_tile(int64_t size, const F& f) {
       else
         f(Tile<S, 2>(r, c));
     }
+}
+
+// Row by row `from`, times a factor each.
+template <class S>
+inline void scale_rows(Matrix<S> from, const S* factors, int64_t rows, int64_t columns, Matrix<S> to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += Lanes<S>::COUNT)
+      Lanes<S>::store(to.row(r) + c, Lanes<S>::load(from.row(r) + c) * factors[r]);
 }
 
 // Lanes of two vectors, of which the first has the indices 0 to COUNT - 1.

@@ -24,19 +24,6 @@ struct Workspace {
         states(m.matrix<S>(heads * size.states, size.head_dim)) {}
 };
 
-// M_ij = (C_i . B_j) exp(s_i - s_j) dt_j, and D on the diagonal; 0 above it.
-template <class S>
-void mix(const SsdShared<S>& shared, const Steps<S>& steps, S D, int64_t tokens, Matrix<S> Mt) {
-  using L = Lanes<S>;
-  for (int64_t j = 0; j < tokens; ++j) {
-    for (int64_t i = j / PADDING<S> * PADDING<S>; i < tokens; i += L::COUNT) {
-      auto m = L::load(shared.CBt.row(j) + i) * steps.decay(j, i) * steps.dt[j];
-      L::store(Mt.row(j) + i, L::select(Steps<S>::numbers(i) >= S(j), m, L::broadcast(0)));
-    }
-    Mt.row(j)[j] += D;
-  }
-}
-
 // After a head comes the next head, after the last one the first head of the next chunk.
 inline Ahead ahead(const SsdArgs& a, const SsdItem& item, int64_t head, const Segment& g) {
   if (head + 1 < item.head + item.heads) return {g, head + 1};
@@ -52,49 +39,89 @@ void keep_state(const SsdArgs& a, int64_t batch, int64_t head, int64_t k, Matrix
 
 // One head in one segment of chunk k.
 template <class S>
-void run_head(const SsdArgs& a, const SsdItem& item, int64_t head, int64_t k, const Segment& g, const Workspace<S>& w,
-              Matrix<S> state) {
-  const SsdSizes<S> size(a);
-  const int64_t tokens = padded<S>(g.count);
+struct Head {
+  using L = Lanes<S>;
+  using V = typename L::V;
+
+  const SsdArgs& a;
+  const Workspace<S>& w;
+  const SsdItem& item;
+  const int64_t head, k;
+  const Segment g;
+  const Matrix<S> state;
+  const SsdSizes<S> size;
+  const int64_t tokens;
+  const Ahead next;
   Steps<S> steps;
-  steps.load(a, item.batch, head, g, tokens);
-  load_tokens(a.x, item.batch, g, head, a.head_dim, tokens, size.head_dim, w.x);
-  mix(w.shared, steps, value(a.D, head, S(0)), tokens, w.Mt);
-  const Ahead next = ahead(a, item, head, g);
-  int64_t calls = tiles_of<S>(tokens, size.head_dim);
-  Prefetch<true> y(a.y, item.batch, g, head, a.head_dim, calls);
+
+  Head(const SsdArgs& a, const Workspace<S>& w, const SsdItem& item, int64_t head, int64_t k, const Segment& g,
+       Matrix<S> state)
+      : a(a), w(w), item(item), head(head), k(k), g(g), state(state), size(a), tokens(padded<S>(g.count)),
+        next(ahead(a, item, head, g)) {}
+
+  void mix();
+  void find_y();
+  void update_state();
+  void run();
+};
+
+// M_ij = (C_i . B_j) exp(s_i - s_j) dt_j for j <= i, and D on the diagonal.
+template <class S>
+void Head<S>::mix() {
+  const S D = value(a.D, head, S(0));
+  for (int64_t j = 0; j < tokens; ++j) {
+    for (int64_t i = j / PADDING<S> * PADDING<S>; i < tokens; i += L::COUNT)
+      L::store(w.Mt.row(j) + i, L::load(w.shared.CBt.row(j) + i) * steps.decay(j, i) * steps.dt[j]);
+    w.Mt.row(j)[j] += D;
+  }
+}
+
+template <class S>
+HYBRID_LM_OUTLINE void Head<S>::find_y() {
+  const int64_t calls = tiles_of<S>(tokens, size.head_dim);
   // With the first head comes another B and C.
-  if (next.head != item.head) calls = 0;
-  Prefetch<> B(a.B, item.batch, next.tokens, item.group, a.states, calls);
-  Prefetch<> C(a.C, item.batch, next.tokens, item.group, a.states, calls);
+  const int64_t shared_calls = next.head == item.head ? calls : 0;
+  Prefetch<> B(a.B, item.batch, next.tokens, item.group, a.states, shared_calls);
+  Prefetch<> C(a.C, item.batch, next.tokens, item.group, a.states, shared_calls);
+  Prefetch<true> y(a.y, item.batch, g, head, a.head_dim, calls);
   for_each_tile<S>(tokens, size.head_dim, [&](auto tile) {
     y.next(), B.next(), C.next();
     if (g.enters) {
       tile.add(w.shared.C, state, 0, size.states);
       tile.scale_rows(steps.from_start);
     }
-    tile.add_transposed(w.Mt, w.x, 0, tile.row + TILE_ROWS);
+    tile.add_transposed(w.Mt, w.x, 0, tile.row);
+    tile.template add_diagonal<true>(w.Mt.data, 1, w.Mt.pitch, w.x);
     tile.store(w.y);
   });
-  if (g.leaves) {
-    for (int64_t j = 0; j < tokens; ++j) {
-      const S weight = steps.to_end[j] * steps.dt[j];
-      for (int64_t p = 0; p < size.head_dim; ++p) w.x_end.row(j)[p] = weight * w.x.row(j)[p];
-    }
-    const S whole = steps.whole(g);
-    const bool keeps = a.before && g.start + g.count < a.tokens, vectors = keeps_vectors<S>(a);
-    const Matrix<S> kept{keeps ? kept_state<S>(a, item.batch, head, k + 1) : nullptr, a.head_dim};
-    Prefetch<> x(a.x, item.batch, next.tokens, next.head, a.head_dim, tiles_of<S>(size.states, size.head_dim));
-    for_each_tile<S>(size.states, size.head_dim, [&](auto tile) {
-      x.next();
-      if (g.enters) tile.for_each([&](auto& s, int64_t n, int64_t p) { s = whole * Lanes<S>::load(state.row(n) + p); });
-      tile.add_transposed(w.shared.B, w.x_end, 0, tokens);
-      tile.store(state);
-      // Between two tiles the way to memory is free; a copy of the whole would wait for it.
-      if (keeps && vectors) tile.stream(kept);
-    });
-    if (keeps && !vectors) keep_state(a, item.batch, head, k + 1, state);
-  }
+}
+
+// The state after the segment, also to where the backward pass will look for it.
+template <class S>
+HYBRID_LM_OUTLINE void Head<S>::update_state() {
+  scale_rows(w.x, steps.weight, tokens, size.head_dim, w.x_end);
+  const S whole = steps.whole(g);
+  const bool keeps = a.before && g.start + g.count < a.tokens, vectors = keeps_vectors<S>(a);
+  const Matrix<S> kept{keeps ? kept_state<S>(a, item.batch, head, k + 1) : nullptr, a.head_dim};
+  Prefetch<> x(a.x, item.batch, next.tokens, next.head, a.head_dim, tiles_of<S>(size.states, size.head_dim));
+  for_each_tile<S>(size.states, size.head_dim, [&](auto tile) {
+    x.next();
+    if (g.enters) tile.for_each([&](V& s, int64_t n, int64_t p) { s = whole * L::load(state.row(n) + p); });
+    tile.add_transposed(w.shared.B, w.x_end, 0, tokens);
+    tile.store(state);
+    // Between two tiles the way to memory is free; a copy of the whole would wait for it.
+    if (keeps && vectors) tile.stream(kept);
+  });
+  if (keeps && !vectors) keep_state(a, item.batch, head, k + 1, state);
+}
+
+template <class S>
+void Head<S>::run() {
+  steps.load(a, item.batch, head, g, tokens);
+  load_tokens(a.x, item.batch, g, head, a.head_dim, tokens, size.head_dim, w.x);
+  mix();
+  find_y();
+  if (g.leaves) update_state();
   store_tokens(a.y, item.batch, g, head, a.head_dim, w.y);
 }
 
@@ -111,7 +138,8 @@ void run_item(const SsdArgs& a, const SsdItem& item, const Workspace<S>& w) {
     const int64_t count = segments_of(a, item.batch, k, segments);
     for (int64_t s = 0; s < count; ++s) {
       w.shared.load(a, item.batch, item.group, segments[s], padded<S>(segments[s].count));
-      for (int64_t h = item.head; h < item.head + item.heads; ++h) run_head(a, item, h, k, segments[s], w, state(h));
+      for (int64_t h = item.head; h < item.head + item.heads; ++h)
+        Head<S>(a, w, item, h, k, segments[s], state(h)).run();
     }
   }
   for (int64_t h = item.head; h < item.head + item.heads; ++h) store_state(a.state, item.batch, h, a, w.flat, state(h));

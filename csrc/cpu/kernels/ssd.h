@@ -217,6 +217,7 @@ struct Steps {
   alignas(64) S high[SSD_CHUNK], low[SSD_CHUNK];
   alignas(64) S from_start[SSD_CHUNK];  // decay from the state before the segment to each token
   alignas(64) S to_end[SSD_CHUNK];      // decay from each token to the segment's end
+  alignas(64) S weight[SSD_CHUNK];      // to_end * dt
 
   void load_dt(const SsdArgs& a, int64_t batch, int64_t head, const Segment& g, int64_t tokens);
   void load(const SsdArgs& a, int64_t batch, int64_t head, const Segment& g, int64_t tokens);
@@ -273,7 +274,9 @@ inline void Steps<S>::load(const SsdArgs& a, int64_t batch, int64_t head, const 
   for (int64_t i = 0; i < tokens; i += L::COUNT) {
     V s = L::load(high + i), rest = L::load(low + i);
     L::store(from_start + i, L::exp2(s));
-    L::store(to_end + i, L::exp2((high[g.count - 1] - s) + (low[g.count - 1] - rest)));
+    const V remains = L::exp2((high[g.count - 1] - s) + (low[g.count - 1] - rest));
+    L::store(to_end + i, remains);
+    L::store(weight + i, remains * L::load(dt + i));
   }
 }
 

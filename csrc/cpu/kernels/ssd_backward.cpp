@@ -145,20 +145,19 @@ void Head<S>::load() {
     std::memcpy(state.row(n), kept_here + n * a.head_dim, a.head_dim * sizeof(S));
 }
 
-// L and M, 0 above the diagonal.
+// L and M for j <= i.
 template <class S>
 void Head<S>::mix() {
   for (int64_t j = 0; j < tokens; ++j)
     for (int64_t i = j / PADDING<S> * PADDING<S>; i < tokens; i += L::COUNT) {
-      const auto causal = Steps<S>::numbers(i) >= S(j);
-      const V decay = L::select(causal, steps.decay(j, i), V{});
+      const V decay = steps.decay(j, i);
       L::store(w.Lt.row(j) + i, decay);
-      L::store(w.Mt.row(j) + i, L::select(causal, L::load(w.shared.CBt.row(j) + i) * decay, V{}));
+      L::store(w.Mt.row(j) + i, L::load(w.shared.CBt.row(j) + i) * decay);
     }
 }
 
 template <class S>
-void Head<S>::find_gx() {
+HYBRID_LM_OUTLINE void Head<S>::find_gx() {
   const S D = value(a.D, head, S(0));
   const int64_t calls = tiles_of<S>(tokens, size.head_dim);
   const int64_t group = head / size.heads_per_group, shared_calls = last_head ? calls : 0;
@@ -172,7 +171,8 @@ void Head<S>::find_gx() {
       tile.add(w.shared.B, gS, 0, size.states);
       tile.scale_rows(steps.to_end);
     }
-    tile.add(w.Mt, w.gy, tile.row, tokens);
+    tile.template add_diagonal<false>(w.Mt.data, w.Mt.pitch, 1, w.gy);
+    tile.add(w.Mt, w.gy, tile.row + TILE_ROWS, tokens);
     tile.for_each([&](V& s, int64_t j, int64_t p) { s = s * steps.dt[j] + L::load(w.gy.row(j) + p) * D; });
     tile.store(w.gx);
   });
@@ -180,7 +180,7 @@ void Head<S>::find_gx() {
 
 // gM, and what it says of C.B^T, the decays, dt and D.
 template <class S>
-void Head<S>::find_pairs() {
+HYBRID_LM_OUTLINE void Head<S>::find_pairs() {
   // Over i: all that is right of the diagonal, for every lane; and what stands on it, of gM and of gM M.
   alignas(64) S right[SSD_CHUNK * L::COUNT] = {}, on_diagonal[SSD_CHUNK] = {}, mixed_on_diagonal[SSD_CHUNK] = {};
   for_each_upper_tile<S>(tokens, [&](auto tile) {
@@ -251,17 +251,14 @@ template <class S>
 void Head<S>::find_state_parts() {
   if (g.enters)
     product_with_state(state, w.gyt, w.shared.Ct, steps.from_start, size, tokens, sums.gCt, by_C);
-  alignas(64) S weight[SSD_CHUNK];
-  for (int64_t j = 0; j < tokens; ++j) weight[j] = steps.to_end[j] * steps.dt[j];
   if (asked)
-    product_with_state(gS, w.xt, w.Bt, weight, size, tokens, sums.gBt, by_B);
+    product_with_state(gS, w.xt, w.Bt, steps.weight, size, tokens, sums.gBt, by_B);
 }
 
 // What earlier tokens are asked through the state before the segment.
 template <class S>
-void Head<S>::find_gS() {
-  for (int64_t i = 0; i < tokens; ++i)
-    for (int64_t p = 0; p < size.head_dim; ++p) w.gy_start.row(i)[p] = steps.from_start[i] * w.gy.row(i)[p];
+HYBRID_LM_OUTLINE void Head<S>::find_gS() {
+  scale_rows(w.gy, steps.from_start, tokens, size.head_dim, w.gy_start);
   const S whole = steps.whole(g);
   V sum{};
   const int64_t calls = tiles_of<S>(size.states, size.head_dim);
