@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid_lm import ops
 from hybrid_lm.ops.precision import wide
-from tests.ops.cases import Case, Inputs, cast, conv, error, leaves_of, norm, outputs, run, scan, ssd
+from tests.ops.cases import Case, Inputs, cast, conv, error, leaves_of, linear, norm, outputs, run, scan, ssd
 
 CONV = [
     *(conv(t, w, b=b, d=d) for b, t, d, w in (
@@ -50,6 +50,12 @@ NORM = [
         for order in ("gate_norm", "norm_gate", "gate")
         for groups, weight in ((1, True), (4, False), (12, True))
     ),
+]  # fmt: skip
+LINEAR = [
+    *(linear(rows, d, out) for rows, d, out in (
+        (1, 1, 1), (1, 17, 5), (2, 33, 3), (3, 130, 9), (4, 64, 16), (1, 70, 2100), (1, 40000, 3),
+    )),
+    linear(bias=False),
 ]  # fmt: skip
 ODD = [*CONV, *SCAN, *SSD, *NORM]
 SOME = [
@@ -102,6 +108,22 @@ def test_equals_the_float64_reference(
 ) -> None:
     made = case.make(generator)
     check(case, isas, lambda: cast(made, dtype))
+
+
+@over(LINEAR)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_times_a_matrix(
+    case: Case, dtype: torch.dtype, isas: list[str], generator: torch.Generator
+) -> None:
+    """Only without gradients, for weights of x's type, whose rows may be apart."""
+    inputs = {k: v.to(dtype) for k, v in case.make(generator).items()}
+    exact = ops.linear(**{k: v.double() for k, v in inputs.items()}, backend="reference")
+    for isa in isas:
+        native.use_isa(isa)
+        for weight in (inputs["weight"], gaps(inputs["weight"], 1, 2, 1)):
+            y = ops.linear(**inputs | {"weight": weight}, backend="native")
+            assert y.dtype == dtype
+            assert error(y, exact) <= bound(case, inputs, y), (isa, weight.stride())
 
 
 PARAMETERS = ("weight", "bias", "A", "D", "dt_bias", "initial")

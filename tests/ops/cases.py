@@ -161,6 +161,15 @@ def norm(
     return Case(name_of(op.__name__, {"r": count, "d": d}, *words), op, make, chain=16 + count + d)
 
 
+def linear(rows: int = 3, d: int = 19, out: int = 7, *, bias: bool = True) -> Case:
+    def make(g: torch.Generator) -> Inputs:
+        inputs: Inputs = {"x": randn(g, rows, d), "weight": randn(g, out, d)}
+        return inputs | ({"bias": randn(g, out)} if bias else {})
+
+    name = name_of("linear", {"r": rows, "d": d, "o": out}, *("bare",) * (not bias))
+    return Case(name, ops.linear, make, chain=16 + d)
+
+
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Leaves of the given type that want gradients, and everything else as it is."""
 

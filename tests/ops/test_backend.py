@@ -14,6 +14,7 @@ NAMES = (
     "attention",
     "causal_conv1d",
     "gated_rms_norm",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "selective_scan",
@@ -21,7 +22,7 @@ NAMES = (
 )
 
 
-NATIVE = ("causal_conv1d", "gated_rms_norm", "rms_norm", "selective_scan", "ssd")
+NATIVE = ("causal_conv1d", "gated_rms_norm", "linear", "rms_norm", "selective_scan", "ssd")
 
 
 @pytest.mark.parametrize("why_not", [None, "not built: run `hybrid-lm build-native`"])

@@ -7,7 +7,21 @@ import torch
 from torch import Tensor
 
 from hybrid_lm import ops
-from tests.ops.cases import FAST, Case, attention, cast, conv, error, loss, norm, outputs, run, scan, ssd
+from tests.ops.cases import (
+    FAST,
+    Case,
+    attention,
+    cast,
+    conv,
+    error,
+    linear,
+    loss,
+    norm,
+    outputs,
+    run,
+    scan,
+    ssd,
+)
 
 RECURRENT = [
     *(conv(t, w) for t in (1, 2, 3, 9, 37) for w in (1, 4)),
@@ -39,6 +53,7 @@ POINTWISE = [
     norm(unit_offset=True),
     *(norm(gate=True, order=o, groups=k) for o in ("gate_norm", "norm_gate", "gate") for k in (1, 2)),
     norm(gate=True, weight=False, groups=4),
+    *(linear(rows, bias=bias) for rows in (1, 9) for bias in (True, False)),
 ]
 CASES = RECURRENT + POINTWISE
 # One plain and one full case of each op, where a law costs seconds.
@@ -46,7 +61,7 @@ FEW = [
     conv(5), scan(18), ssd(9, 4),
     attention(6, 6), attention(6, 6, docs=True), attention(5, 7, window=3, softcap=3.0, slopes=True),
     loss(bias=True, z_loss=0.01, label_smoothing=0.1, softcap=4.0, scale=0.5),
-    norm(), norm(gate=True, groups=2),
+    norm(), norm(gate=True, groups=2), linear(),
 ]  # fmt: skip
 
 

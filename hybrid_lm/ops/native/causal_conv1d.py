@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.native.library import why_not
-from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take
+from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, refuse_second_gradients
 
 INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu"
 declare("causal_conv1d", f"({INPUTS}, Tensor? initial, Tensor? reset) -> (Tensor y, Tensor state)")
@@ -71,4 +71,5 @@ def _gradient(ctx, gy, gstate):
 
 
 torch.library.register_autograd(f"{NAMESPACE}::causal_conv1d", _gradient, setup_context=_setup)
+refuse_second_gradients("causal_conv1d_backward")
 register("causal_conv1d", "native", run=causal_conv1d_native, why_not=why_not)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.native.library import why_not
-from hybrid_lm.ops.native.operators import NAMESPACE, declare
+from hybrid_lm.ops.native.operators import NAMESPACE, declare, refuse_second_gradients
 from hybrid_lm.ops.norm import GateOrder
 
 # The numbers of NormArgs::Order in csrc/cpu/kernels.h.
@@ -66,5 +66,6 @@ def _gradient(ctx, gy):
 
 
 torch.library.register_autograd(f"{NAMESPACE}::rms_norm", _gradient, setup_context=_setup)
+refuse_second_gradients("rms_norm_backward")
 register("rms_norm", "native", run=rms_norm_native, why_not=why_not)
 register("gated_rms_norm", "native", run=gated_rms_norm_native, why_not=why_not)

@@ -25,6 +25,17 @@ def declare(name: str, schema: str) -> None:
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def refuse_second_gradients(name: str) -> None:
+    """Makes the gradient of an operator that computes gradients an error: autograd would take it for 0."""
+
+    def refuse(ctx, *grads):
+        raise ValueError(
+            f"{name}: native kernels have no gradients of gradients; backend='reference' has them"
+        )
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse)
+
+
 def tracked(*tensors: Tensor | None) -> bool:
     """Whether autograd will want a gradient of any of these: what a backward pass needs has to be kept."""
     return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.native.library import why_not
-from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, tracked
+from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, refuse_second_gradients, tracked
 from hybrid_lm.ops.precision import wide
 
 # Tokens that the kernel works on at once, and between two kept states: SSD_CHUNK of csrc/cpu/kernels.h.
@@ -88,4 +88,5 @@ def _gradient(ctx, gy, gstate, _):
 
 
 torch.library.register_autograd(f"{NAMESPACE}::ssd", _gradient, setup_context=_setup)
+refuse_second_gradients("ssd_backward")
 register("ssd", "native", run=ssd_native, why_not=why_not)
