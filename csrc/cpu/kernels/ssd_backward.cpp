@@ -9,7 +9,7 @@ namespace HYBRID_LM_ISA {
 namespace {
 
 // What the items of one round may leave for the sums over them.
-constexpr int64_t ROUND_BYTES = 4 << 20;
+constexpr int64_t ROUND_BYTES = 1 << 20;
 
 // After a head comes the next head, after the last one the first head of the chunk before.
 inline Ahead ahead(const SsdItem& item, int64_t head, const Segment& g) {

@@ -159,9 +159,8 @@ HYBRID_LM_OUTLINE void HeadGrad<S>::find_gx() {
   Prefetch<> B(a.B, batch, next.tokens, group, a.states, shared_calls);
   Prefetch<> C(a.C, batch, next.tokens, group, a.states, shared_calls);
   Prefetch<> read(state.data, a.states * state.pitch * sizeof(S), calls);
-  Prefetch<true> written(a.gx, batch, g, head, a.head_dim, calls);
   for_each_tile<S>(tokens, size.head_dim, [&](auto tile) {
-    read.next(), written.next(), B.next(), C.next();
+    read.next(), B.next(), C.next();
     if (asked) {
       tile.add(w.shared.B, gS, 0, size.states);
       tile.scale_rows(steps.to_end);
@@ -218,12 +217,14 @@ HYBRID_LM_OUTLINE void HeadGrad<S>::find_pairs() {
   gD = L::sum(total);
 }
 
-// T = state^T v_t for every token, [n][token]: adds T scale_t to `sum` and T . with_t to `dot`.
-template <class S>
+// T = state^T v_t for every token, [n][token]: adds T scale_t to `sum` and T . with_t to `dot`. What `ahead` asks for
+// comes meanwhile: each product brings one matrix, for so many requests at once would hold it up.
+template <class S, class P>
 HYBRID_LM_OUTLINE void product_with_state(Matrix<S> state, Matrix<S> vt, Matrix<S> with, const S* scale,
-                                          const SsdSizes<S>& size, int64_t tokens, Matrix<S> sum, S* dot) {
+                                          const SsdSizes<S>& size, int64_t tokens, Matrix<S> sum, S* dot, P ahead) {
   using L = Lanes<S>;
   for_each_tile<S>(size.states, tokens, [&](auto tile) {
+    ahead.next();
     tile.add(state, vt, 0, size.head_dim);
     typename L::V along[2] = {};
     for (int r = 0; r < TILE_ROWS; ++r)
@@ -244,10 +245,12 @@ HYBRID_LM_OUTLINE void product_with_state(Matrix<S> state, Matrix<S> vt, Matrix<
 // What C and B are asked through the states before and after the segment.
 template <class S>
 void HeadGrad<S>::find_state_parts() {
+  const int64_t calls = tiles_of<S>(size.states, tokens);
+  const Prefetch<true> gx(a.gx, batch, g, head, a.head_dim, calls);
+  const Prefetch<> gy(a.gy, batch, next.tokens, next.head, a.head_dim, calls);
   if (g.enters)
-    product_with_state(state, w.gyt, w.shared.Ct, steps.from_start, size, tokens, sums.gCt, by_C);
-  if (asked)
-    product_with_state(gS, w.xt, w.Bt, steps.weight, size, tokens, sums.gBt, by_B);
+    product_with_state(state, w.gyt, w.shared.Ct, steps.from_start, size, tokens, sums.gCt, by_C, gx);
+  if (asked) product_with_state(gS, w.xt, w.Bt, steps.weight, size, tokens, sums.gBt, by_B, gy);
 }
 
 // What earlier tokens are asked through the state before the segment.
@@ -258,9 +261,8 @@ HYBRID_LM_OUTLINE void HeadGrad<S>::find_gS() {
   V sum{};
   const int64_t calls = tiles_of<S>(size.states, size.head_dim);
   Prefetch<> x(a.x, batch, next.tokens, next.head, a.head_dim, calls);
-  Prefetch<> gy(a.gy, batch, next.tokens, next.head, a.head_dim, calls);
   for_each_tile<S>(size.states, size.head_dim, [&](auto tile) {
-    x.next(), gy.next();
+    x.next();
     if (asked)
       tile.for_each([&](V& s, int64_t n, int64_t p) {
         const V after = L::load(gS.row(n) + p);
