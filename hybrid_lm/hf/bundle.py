@@ -56,7 +56,8 @@ class Bundler:
         source = self.source(module)
         if source.definition(name):
             return Symbol(module, name)
-        if name in source.ours:
+        # A package that imports a module of its own names itself: that is the module.
+        if name in source.ours and source.ours[name] != (module, name):
             return self.resolve(*source.ours[name])
         return Symbol(f"{module}.{name}", "") if file_of(f"{module}.{name}") else None
 

@@ -20,8 +20,7 @@ tags: [hybrid_lm, state-space, hybrid]
 # {name}
 
 A causal language model of {n_layers} residual layers, {parameters:,} parameters, d_model {d_model},
-vocabulary {vocab:,}. Exported by hybrid_lm {version}. The code is in this folder; it needs torch and
-transformers only.
+vocabulary {vocab:,}. Exported by hybrid_lm {version}{form}
 
 Pattern: `{pattern}`
 
@@ -34,10 +33,13 @@ Pattern: `{pattern}`
 ```python
 from transformers import AutoModelForCausalLM{tokenizer_import}
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 {example}
 ```
-
+{remarks}"""
+CODE = """. The code is in this folder; it needs torch and
+transformers only."""
+REMARKS = """
 `A_log`, `dt_bias` and `D` stay in float32 in every type. Padding belongs on the left; positions that start
 again, or `doc_ids`, keep the documents of a packed row apart. Assisted decoding, `inputs_embeds` and gradient
 checkpointing are not there.
@@ -48,8 +50,13 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 WITHOUT_TEXT = """print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=64))"""
 
 
-def model_card(model: HybridLM, name: str, tokenizer: Tokenizer | None = None) -> str:
-    """Markdown: what the model is, its layers, and how to load it from the folder `name`."""
+def model_card(
+    model: HybridLM, name: str, tokenizer: Tokenizer | None = None, class_name: str | None = None
+) -> str:
+    """Markdown: what the model is, its layers, and how to load it from the folder `name`.
+
+    class_name: the class of transformers that it has become; None: remote code.
+    """
     config, sums = model.config, totals(model)
     rows = [
         f"| {row.index} | {row.name} | {row.type} | {row.parameters:,} | {row.state_bytes_fixed:,} "
@@ -64,6 +71,9 @@ def model_card(model: HybridLM, name: str, tokenizer: Tokenizer | None = None) -
         d_model=config.d_model,
         vocab=config.vocab_size,
         version=hybrid_lm.__version__,
+        form=CODE if class_name is None else f" as a `{class_name}`\nof transformers.",
+        trust=", trust_remote_code=True" if class_name is None else "",
+        remarks=REMARKS if class_name is None else "",
         pattern=canon(items),
         rows="\n".join(rows),
         tokenizer_import=", AutoTokenizer" if tokenizer else "\nimport torch",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import HYBRID, PARALLEL, RECURRENT, WHOLE, ZAMBA, bound, build, examples
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, pipeline
 
 import hybrid_lm
 from hybrid_lm.config.dump import architecture_hash
@@ -30,7 +30,7 @@ ALL = {**examples(), **WHOLE}
 @pytest.mark.parametrize("name", list(ALL))
 def test_save_and_load_is_exact(name, tmp_path):
     model = build(ALL[name])
-    to_hf(model).save_pretrained(tmp_path)
+    to_hf(model, format="remote").save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -138,7 +138,7 @@ def test_export_overwrites_only_when_asked_and_leaves_nothing_when_it_fails(tmp_
         export(model, out)
     (out / "note.txt").write_text("from the first export")
 
-    def broken(folder, model):
+    def broken(folder, model, **how):
         assert (folder / "model.safetensors").exists()
         raise verify.VerificationError("the export is not the model")
 
@@ -242,7 +242,7 @@ def test_verification_finds_a_wrong_weight_and_code_that_does_not_load(tmp_path,
     monkeypatch.setattr(convert, "verify", lambda folder, model: {})
     export(model, out)
 
-    def off_by_a_little(folder, tokens, dtype, prompt, new):
+    def off_by_a_little(folder, tokens, dtype, prompt, new, **how):
         logits = model(tokens).logits
         return {"logits": logits * 1.001, "new": tokens[:, : prompt + new]}
 
@@ -250,7 +250,7 @@ def test_verification_finds_a_wrong_weight_and_code_that_does_not_load(tmp_path,
     with pytest.raises(ValueError, match="logits differ"):
         verify.verify(out, model)
 
-    def wrong_words(folder, tokens, dtype, prompt, new):
+    def wrong_words(folder, tokens, dtype, prompt, new, **how):
         return {"logits": model(tokens).logits, "new": tokens[:, : prompt + new]}
 
     monkeypatch.setattr(verify, "run_child", wrong_words)
@@ -277,8 +277,11 @@ def test_the_bundle_is_the_same_every_time_and_holds_only_what_it_needs():
 
 
 def test_from_hf_names_what_it_reads(tmp_path):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(ValueError, match="'gpt2'; from_hf reads: hybrid_lm"):
+    sizes = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=11, word_embed_proj_dim=8, max_position_embeddings=8, **sizes)
+    )
+    with pytest.raises(ValueError, match="'opt'; from_hf reads: hybrid_lm"):
         from_hf(model)
     model.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="from_hf reads: hybrid_lm"):

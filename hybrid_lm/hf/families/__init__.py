@@ -1,0 +1,18 @@
+"""The families of Hugging Face models that are read and written: a file each, and a line here."""
+
+from hybrid_lm.registry import Registry
+
+FAMILIES = Registry(
+    "family",
+    {
+        "llama": "hybrid_lm.hf.families.llama:FAMILY",
+        "mistral": "hybrid_lm.hf.families.mistral:FAMILY",
+        "qwen2": "hybrid_lm.hf.families.qwen2:FAMILY",
+        "olmo2": "hybrid_lm.hf.families.olmo2:FAMILY",
+        "gpt2": "hybrid_lm.hf.families.gpt2:FAMILY",
+        "mamba": "hybrid_lm.hf.families.mamba:FAMILY",
+        "falcon_mamba": "hybrid_lm.hf.families.falcon_mamba:FAMILY",
+        "mamba2": "hybrid_lm.hf.families.mamba2:FAMILY",
+    },
+)
+"""In the order in which an export looks for a class that fits."""

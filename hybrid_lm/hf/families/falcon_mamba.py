@@ -1,0 +1,15 @@
+"""Falcon-Mamba: Mamba with RMS norms without weights on dt, B and C. Zuo et al. 2024, arXiv:2410.05355."""
+
+from hybrid_lm.hf.families.mamba import IGNORED, ROWS, RULES
+from hybrid_lm.hf.family import Family
+from hybrid_lm.hf.fields import Same
+
+FAMILY = Family(
+    name="falcon_mamba",
+    class_name="FalconMambaForCausalLM",
+    block=("mamba",),
+    rules=(*RULES, Same("mixer_rms_eps", "mamba.inner_norm_eps")),
+    fixed={"mamba.inner_norm": "weightless"},
+    ignored=IGNORED,
+    rows=ROWS,
+)
