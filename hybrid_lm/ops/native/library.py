@@ -59,8 +59,11 @@ def loaded() -> Path | None:
 
 def isa() -> str | None:
     """The instruction set whose kernels run on this processor; None without a library that says so."""
-    ops = torch.ops.hybrid_lm_native
-    return ops.isa() if loaded() and hasattr(ops, "isa") else None
+    try:
+        return torch.ops.hybrid_lm_native.isa() if loaded() else None
+    # The operator is declared in Python; that a library has it is another matter.
+    except NotImplementedError:
+        return None
 
 
 @cache
