@@ -76,6 +76,7 @@ OVERRIDES = option(
 )
 RUN = option("run", help="the folder of a run")
 STEP = option("--step", type=count(), help="the checkpoint of this step instead of the newest")
+DTYPE = option("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights")
 OVERWRITE = option("--overwrite", action="store_true", help="replace what is there")
 
 VERBS = {
@@ -187,7 +188,29 @@ VERBS = {
             RUN,
             STEP,
             option("--out", required=True, help="the folder"),
-            option("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights"),
+            option(
+                "--format",
+                default="auto",
+                help="native:NAME, a class of transformers; remote, our own code; auto: what fits",
+            ),
+            DTYPE,
+            OVERWRITE,
+        ],
+    ),
+    "import": Verb(
+        verbs.import_hf,
+        "a Hugging Face checkpoint to a run",
+        "hybrid-lm import exported --out runs/imported data.path=shakespeare.txt",
+        [
+            option("folder", help="of the checkpoint, or a hub name"),
+            OVERRIDES,
+            option("--out", required=True, help="the run's folder"),
+            DTYPE,
+            option(
+                "--trust-remote-code",
+                action="store_true",
+                help="let transformers run code that the checkpoint brings",
+            ),
             OVERWRITE,
         ],
     ),

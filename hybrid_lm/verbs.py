@@ -217,14 +217,61 @@ def show(a: Arguments) -> None:
 def export(a: Arguments) -> None:
     import torch
 
-    from hybrid_lm.hf.convert import export
+    from hybrid_lm.hf.convert import export, read_record
+    from hybrid_lm.hf.origin import origin
+    from hybrid_lm.hf.verify import show_check
     from hybrid_lm.train.checkpoint import load_run
 
-    dtype = None if a.dtype is None else getattr(torch, a.dtype)
     run = load_run(a.run, step=a.step)
-    length = getattr(run.config.data, "seq_len", None)
-    folder = export(run, a.out, dtype=dtype, overwrite=a.overwrite, max_length=length)
-    say(f"{folder}: exported, loaded in a process of its own and compared; see hybrid_lm_export.json")
+    came = origin(run)
+    # What was imported and not trained goes out in the type in which it came.
+    name = a.dtype or (came.dtype if came and run.step == 0 else None)
+    dtype = None if name is None else getattr(torch, name)
+    length = None if came else getattr(run.config.data, "seq_len", None)
+    folder = export(run, a.out, format=a.format, dtype=dtype, overwrite=a.overwrite, max_length=length)
+    record = read_record(folder)
+    for reason in record["reasons"].values():
+        say(reason)
+    say(f"{folder}: exported as {record['format']}; see hybrid_lm_export.json")
+    say(show_check(record["check"]))
+
+
+def import_hf(a: Arguments) -> None:
+    import torch
+
+    from hybrid_lm.config.load import parse_config
+    from hybrid_lm.hf.convert import explicit, from_hf
+    from hybrid_lm.hf.origin import check_tokenizer, keep_origin
+    from hybrid_lm.hf.verify import show_check
+    from hybrid_lm.train.adopt import adopt
+    from hybrid_lm.train.run import refuse_existing
+
+    out = Path(a.out)
+    refuse_existing(out, a.overwrite)
+    checks: list[dict[str, Any]] = []
+    model = from_hf(
+        a.folder,
+        dtype="auto" if a.dtype is None else getattr(torch, a.dtype),
+        trust_remote_code=a.trust_remote_code,
+        told=checks.append,
+    )
+    longest = model.config.embedding.max_positions or 256
+    data = {"kind": "text", "seq_len": min(256, longest)}
+    data["tokenizer"] = {"kind": "huggingface", "path": a.folder}
+    written = {"model": explicit(model.config), "data": data}
+    config = parse_config(written, "import", a.overrides)
+    check_tokenizer(a.folder, config)
+    adopt(
+        model,
+        config,
+        out,
+        overwrite=a.overwrite,
+        console=console(),
+        more=lambda folder: keep_origin(a.folder, folder, checks),
+    )
+    for check in checks:
+        say(show_check(check))
+    say(f"{out}: imported from {a.folder}; `hybrid-lm train {out} --resume` goes on with it")
 
 
 def compare(a: Arguments) -> None:

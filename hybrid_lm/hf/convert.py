@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.importing import Folder, family_of, local_folder, read_model
 from hybrid_lm.hf.native import Target, choose, native_config, native_model
 from hybrid_lm.hf.native import save as save_native
+from hybrid_lm.hf.origin import GENERATION, origin
 from hybrid_lm.hf.verify import disk_and_rust, verify, verify_object
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.lm import HybridLM
@@ -114,6 +115,7 @@ def from_hf(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     check: bool = True,
+    told: Callable[[dict[str, Any]], None] = lambda measured: None,
 ) -> HybridLM:
     """The model of a checkpoint (a folder or hub name) or of a `transformers` object: of a family that is
     read here (`hf.families`), or an export of ours.
@@ -123,6 +125,7 @@ def from_hf(
         trust_remote_code: let transformers run code that the folder brings. Nothing that is read here needs
             it; without it, a folder of another architecture is refused before its code is touched.
         check: compare logits and a greedy continuation with what transformers makes of it, in float32.
+        told: called with what the comparison measured.
 
     Raises:
         ValueError: for a folder that does not load, for other architectures, with those that are read, for
@@ -154,7 +157,7 @@ def from_hf(
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConversionError(f"{place}: not a model folder or hub name that loads: {reason}") from error
     if check:
-        verify(folder, model, native=True, cached=not family.cached_differs(fields))
+        told(verify(folder, model, native=True, cached=not family.cached_differs(fields)))
     return model
 
 
@@ -239,7 +242,8 @@ def export(
     check_free(out, overwrite)
     target = choose(model.config, format)
     model = as_exported(model, dtype)
-    ids = token_ids(model, tokenizer)
+    came = origin(run_or_model)
+    ids = token_ids(model, tokenizer) | (came.ids if came else {})
     cannot = f"cannot write {out}"
     with new_folder(out, cannot) as folder:
         with no_progress(), disk_and_rust(cannot):
@@ -247,7 +251,10 @@ def export(
             config = write(target, model, ids, max_length, max_shard_size, folder)
             if tokenizer is not None:
                 # Without a limit, a number that transformers takes for "none".
-                tokenizer.to_hf(max_length or int(1e30)).save_pretrained(folder)
+                longest = max_length or getattr(config, "max_position_embeddings", None) or int(1e30)
+                tokenizer.to_hf(longest).save_pretrained(folder)
+            if came and came.generation is not None:
+                replace_text(folder / GENERATION, came.generation)
             name = target.family.class_name if target.family else None
             card = model_card(model, out.resolve().name, tokenizer, name)
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -304,6 +311,11 @@ def write_remote(
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     return made.config
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an export says of itself."""
+    return json.loads((folder / RECORD).read_text(encoding="utf-8"))
 
 
 def as_exported(model: HybridLM, dtype: torch.dtype | None) -> HybridLM:

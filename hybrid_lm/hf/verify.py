@@ -148,6 +148,15 @@ def continued(model: HybridLM, tokens: Tensor, prompt: int) -> Tensor:
     return torch.cat([model(piece, state=state).logits[:, -1:] for piece in pieces if piece.shape[1]], 1)
 
 
+def show_check(check: dict[str, Any]) -> str:
+    """One line about what `verify` measured."""
+    return (
+        f"compared with transformers on {check['tokens']} tokens in {check['dtype']}: logits within "
+        f"{check['max_abs_logit_difference']:.2g} (bound {check['bound']:.2g}), "
+        f"{check['greedy_tokens']} greedy tokens the same"
+    )
+
+
 @contextmanager
 def disk_and_rust(what: str) -> Iterator[None]:
     """`files.disk` for the Rust libraries as well: what they say of a full disk is no OSError.

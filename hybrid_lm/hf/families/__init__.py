@@ -1,5 +1,7 @@
 """The families of Hugging Face models that are read and written: a file each, and a line here."""
 
+from __future__ import annotations
+
 from hybrid_lm.registry import Registry
 
 FAMILIES = Registry(
@@ -16,3 +18,19 @@ FAMILIES = Registry(
     },
 )
 """In the order in which an export looks for a class that fits."""
+
+
+def families_table() -> str:
+    """The families as a Markdown table, for the README."""
+    rows = [
+        "| family | class | one of its layers is | its settings that are read and written |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in FAMILIES:
+        family = FAMILIES[name]
+        fields = [
+            f"`{field}`" for field in (family.depth, *(f for rule in family.rules for f in rule.theirs))
+        ]
+        block = " ".join(f"`{kind}`" for kind in family.block)
+        rows.append(f"| {name} | `{family.class_name}` | {block} | {', '.join(fields)} |")
+    return "\n".join(rows)
