@@ -172,10 +172,16 @@ class Rope(Rule):
         for key, value in given.items():
             if key not in known and value is not None:
                 raise ConversionError(f"rope_parameters.{key} = {value!r} means nothing to {kind}")
+        fraction = 1.0 if fraction is None else fraction
+        if self.partial:
+            # The class rounds the rotated width down, and we round to the nearest.
+            width = ours["attention.head_dim"]
+            down = int(width * fraction)
+            fraction = fraction if round(width * fraction) == down else down / width
         scaling = None if kind == "default" else {"rope_type": kind, **given}
         ours["attention.rope"] = {
             "theta": theta,
-            "fraction": 1.0 if fraction is None else fraction,
+            "fraction": fraction,
             "interleaved": False,
             "scaling": scaling,
             "max_positions": fields["max_position_embeddings"],

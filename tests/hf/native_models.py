@@ -26,6 +26,9 @@ GPT2 = {"vocab_size": 257, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions
 MAMBA = {**SIZES, "state_size": 8, "time_step_min": 0.01, "time_step_max": 0.5, "time_step_floor": 0.02}
 MAMBA2 = {**SIZES, "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8}
 
+NEOX = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}
+NEOX |= {"use_parallel_residual": False}
+
 CONFIGS: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {**DECODER, "rms_norm_eps": 1e-2, "attention_bias": True, "tie_word_embeddings": True},
@@ -65,6 +68,12 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         {**GPT2, "layer_norm_epsilon": 1e-2, "n_inner": 80, "initializer_range": 0.08},
         {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False, "attn_pdrop": 0.2},
         {**GPT2, "activation_function": "relu", "scale_attn_weights": False, "resid_pdrop": 0.0},
+    ],
+    "gpt_neox": [
+        {**NEOX, "layer_norm_eps": 1e-2, "hidden_dropout": 0.1},
+        {**NEOX, "attention_bias": False, "hidden_act": "relu", "tie_word_embeddings": True},
+        # 0.3 of 16 channels is 4.8: they rotate 4.
+        {**NEOX, "rope_parameters": {**YARN, "partial_rotary_factor": 0.3}},
     ],
     "mamba": [
         {**MAMBA, "layer_norm_epsilon": 1e-2, "use_bias": True, "time_step_rank": 3},

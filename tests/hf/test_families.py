@@ -59,9 +59,9 @@ def test_in_and_out_again(name, options):
         assert (y[:, 5:16] - logits[:1, :11]).abs().max() <= BOUND
         assert (y[:, 16:] - logits[1:, :9]).abs().max() <= BOUND
     # Out: the same keys but for tied ones, the same bits, the same fields; and in again the same model.
-    state = theirs.state_dict()
-    out = dict(tensors_of(family, ours))
-    assert state.keys() - out.keys() == ({"lm_head.weight"} if theirs.config.tie_word_embeddings else set())
+    state = {family.renamed.get(key, key): x for key, x in theirs.state_dict().items()}
+    out, head = dict(tensors_of(family, ours)), family.renamed.get("lm_head.weight", "lm_head.weight")
+    assert state.keys() - out.keys() == ({head} if theirs.config.tie_word_embeddings else set())
     assert all(torch.equal(state[key], x) for key, x in out.items())
     back = to_hf(ours, format=f"native:{name}")
     skipped = COMMON | family.ignored
@@ -74,7 +74,11 @@ def test_in_and_out_again(name, options):
 
 def again(name: str, back: Any) -> dict[str, Any]:
     """Fields that are said in another way: a null by its number, windows by `layer_types`."""
-    other = {"qwen2": ("max_window_layers", "use_sliding_window"), "gpt2": ("n_inner",)}
+    other = {
+        "qwen2": ("max_window_layers", "use_sliding_window"),
+        "gpt2": ("n_inner",),
+        "gpt_neox": ("rope_parameters",),
+    }
     return {key: getattr(back.config, key) for key in other.get(name, ())}
 
 
@@ -85,7 +89,8 @@ def test_gradients(name):
     for model in (theirs, ours):
         loss = torch.nn.functional.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
         loss.backward()
-    grads = {key: p.grad for key, p in theirs.named_parameters()}
+    names = FAMILIES[name].renamed
+    grads = {names.get(key, key): p.grad for key, p in theirs.named_parameters()}
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.copy_(parameter.grad)
@@ -105,7 +110,7 @@ def here(monkeypatch):
     monkeypatch.setattr(convert, "verify", verify)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mamba2"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "mamba2"])
 def test_through_folders(name, tmp_path, here):
     in_and_out(name, tmp_path)
 
@@ -181,6 +186,7 @@ def test_reshuffles_undo_each_other(how):
             "linear_attention",
         ),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual = True"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
         ("mamba", {"hidden_act": "gelu"}, "mamba: hidden_act = 'gelu'"),
     ],

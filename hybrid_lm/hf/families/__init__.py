@@ -12,6 +12,7 @@ FAMILIES = Registry(
         "qwen2": "hybrid_lm.hf.families.qwen2:FAMILY",
         "olmo2": "hybrid_lm.hf.families.olmo2:FAMILY",
         "gpt2": "hybrid_lm.hf.families.gpt2:FAMILY",
+        "gpt_neox": "hybrid_lm.hf.families.gpt_neox:FAMILY",
         "mamba": "hybrid_lm.hf.families.mamba:FAMILY",
         "falcon_mamba": "hybrid_lm.hf.families.falcon_mamba:FAMILY",
         "mamba2": "hybrid_lm.hf.families.mamba2:FAMILY",
