@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf import convert
 from hybrid_lm.hf.convert import export, from_hf, to_hf
 from hybrid_lm.hf.families import FAMILIES, families_table
-from hybrid_lm.hf.family import COMMON, FALSE
+from hybrid_lm.hf.family import COMMON, FALSE, describe, differences
 from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.native import choose, tensors_of
 from hybrid_lm.hf.verify import verify_object
@@ -332,3 +333,36 @@ def test_old_gpt2_keys(tmp_path, here):
     x = tokens(1, 19)
     with torch.no_grad():
         assert (from_hf(tmp_path)(x).logits - theirs(x).logits).abs().max() <= BOUND
+
+
+@pytest.mark.parametrize("biases", [(False, False), (True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("windows", list(itertools.product((None, 8), repeat=3)))
+def test_every_pattern_of_windows_and_biases(windows, biases):
+    options = {**A, "qkv_bias": biases[0], "out_bias": biases[1]}
+    config = of(
+        " ".join("w f" if window else "a f" for window in windows),
+        layers={"a": options, "w": {**options, "window": 8}},
+    )
+    wanted = None
+    if biases == (True, False):
+        wanted = "qwen2"
+    elif not any(windows) and biases[0] == biases[1]:
+        wanted = "llama"
+    elif all(windows) and not any(biases):
+        wanted = "mistral"
+    target = choose(config)
+    assert (target.family.name if target.family else None) == wanted
+    assert target.family or target.reasons.keys() == set(FAMILIES)
+    if target.family:
+        # Out and in again is the same architecture, with its numbers written out.
+        block = target.family.block
+        fields = AutoConfig.for_model(wanted, **target.fields).to_dict()
+        again = target.family.read(fields)
+        assert not list(differences(describe(config, block), describe(again, block), block))
+        assert target.family.write(again) == {**target.fields, **again_length(fields, target.fields)}
+
+
+def again_length(fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The length, which is a default until it was read."""
+    key = "max_position_embeddings"
+    return {} if key in given else {key: fields[key]}
