@@ -38,7 +38,8 @@ def test_save_and_load_is_exact(name, tmp_path):
     assert architecture_hash(loaded.model.config) == architecture_hash(model.config)
     x = torch.randint(61, (2, 12))
     with torch.no_grad():
-        assert torch.equal(loaded(x).logits, model(x).logits)
+        # With a cache the sums of decays begin a token earlier, at a state of zeros, and round otherwise.
+        assert torch.equal(loaded(x, use_cache=False).logits, model(x).logits)
         assert torch.equal(from_hf(tmp_path)(x).logits, model(x).logits)
 
 
