@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <optional>
 #include <vector>
@@ -50,9 +54,23 @@ inline View view_of(const MaybeTensor& t, const char* name, const std::vector<in
   return t ? view_of(*t, name, sizes, flags) : View{};
 }
 
+// Asks for large pages in a large tensor's fresh memory: mapping and clearing it 4 KiB at a time, as it is first
+// written, can take longer than the kernel does.
+inline void prefer_large_pages(const Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = uintptr_t(1) << 21;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(t.data_ptr()), bytes = t.numel() * t.element_size();
+  const uintptr_t from = (data + PAGE - 1) / PAGE * PAGE, to = (data + bytes) / PAGE * PAGE;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes,
                          std::optional<ScalarType> type = std::nullopt) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
+  Tensor t = torch::stable::new_empty(like, shape, type);
+  prefer_large_pages(t);
+  return t;
 }
 
 inline Tensor new_like(const Tensor& t) { return new_tensor(t, {t.sizes().begin(), t.sizes().end()}); }
