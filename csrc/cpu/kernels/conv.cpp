@@ -28,9 +28,10 @@ void conv_item(const ConvArgs& a, const ConvItem& item) {
     S* out[CONV_BLOCK];
     for (int64_t u = t; u < next; ++u) out[u - t] = y.row(u);
     if (block)
-      convolve<S, TAPS, CONV_BLOCK>(rows, in.weight, in.bias, taps, item.pitch, a.silu, out);
+      convolve<S, TAPS, CONV_BLOCK>(rows, in.weight, in.bias, taps, item.pitch, a.silu, out,
+                                    in.x.ahead(next, a.tokens), y.ahead(next, a.tokens));
     else
-      convolve<S, TAPS, 1>(rows, in.weight, in.bias, taps, item.pitch, a.silu, out);
+      convolve<S, TAPS, 1>(rows, in.weight, in.bias, taps, item.pitch, a.silu, out, {}, {});
     y.write(t, next);
     t = next;
   }

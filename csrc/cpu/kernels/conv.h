@@ -89,6 +89,20 @@ void write_conv_row(const View& v, const ConvItem& i, int64_t t, const S* from) 
 inline View rows_of_weight(const View& v) { return {v.data, v.type, {0, v.stride[1], v.stride[0]}}; }
 inline View rows_of_bias(const View& v) { return {v.data, v.type, {0, 0, v.stride[0]}}; }
 
+// Rows that the next block will need, asked for while this one is worked on.
+template <class S>
+struct ConvAhead {
+  const S* row;  // null: none
+  int64_t apart;
+
+  // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the call.
+  template <int BLOCK, bool WRITE>
+  HYBRID_LM_FN void ask(int64_t c) const {
+    if (row)
+      for (int i = 0; i < BLOCK; ++i) __builtin_prefetch(row + i * apart + c, WRITE, 2);
+  }
+};
+
 // One item's part of a tensor (b t d), row by row.
 template <class S>
 struct ConvRows {
@@ -111,6 +125,11 @@ struct ConvRows {
   }
 
   S* row(int64_t t) const { return direct ? direct + t * apart : ring + t % slots * item.pitch; }
+
+  // The rows from token t on, if they are read and written where they lie and there is a block of them.
+  ConvAhead<S> ahead(int64_t t, int64_t tokens) const {
+    return {direct && t >= 0 && t + CONV_BLOCK <= tokens ? row(t) : nullptr, apart};
+  }
 
   // Makes tokens from ... to - 1 readable, `slots` at most.
   void read(int64_t from, int64_t to) {
@@ -213,10 +232,11 @@ HYBRID_LM_FN void conv_sums(const S* const* rows, const S* weight, const S* bias
 // Those sums for all channels of a tile.
 template <class S, int TAPS, int BLOCK>
 inline void convolve(const S* const* rows, const S* weight, const S* bias, int64_t taps, int64_t pitch,
-                     bool activate, S* const* out) {
+                     bool activate, S* const* out, ConvAhead<S> read, ConvAhead<S> write) {
   using L = Lanes<S>;
   for (int64_t c = 0; c < pitch; c += L::COUNT) {
     typename L::V sums[BLOCK];
+    read.template ask<BLOCK, false>(c), write.template ask<BLOCK, true>(c);
     conv_sums<S, TAPS, BLOCK>(rows, weight, bias, taps, pitch, c, sums);
     if (activate)
       for (int i = 0; i < BLOCK; ++i) sums[i] = silu<L>(sums[i]);

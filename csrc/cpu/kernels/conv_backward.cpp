@@ -10,11 +10,13 @@ namespace {
 
 // Turns rows of gy into g, and adds to the tile's sums of gweight (taps rows) and gbias (one more), if given.
 template <class S, int TAPS, int BLOCK>
-inline void conv_slopes(const ConvInputs<S>& in, const S* const* rows, const S* const* gy, S* const* g, S* sums) {
+inline void conv_slopes(const ConvInputs<S>& in, const S* const* rows, const S* const* gy, S* const* g, S* sums,
+                        ConvAhead<S> x_ahead, ConvAhead<S> gy_ahead) {
   using L = Lanes<S>;
   const int64_t taps = TAPS ? TAPS : in.taps, pitch = in.item.pitch;
   for (int64_t c = 0; c < pitch; c += L::COUNT) {
     typename L::V v[BLOCK], total{};
+    x_ahead.template ask<BLOCK, false>(c), gy_ahead.template ask<BLOCK, false>(c);
     for (int i = 0; i < BLOCK; ++i) v[i] = L::load(gy[i] + c);
     if (in.args.silu) {
       typename L::V before[BLOCK];
@@ -100,14 +102,15 @@ struct ConvBackward {
   void slopes(int64_t t, bool block, S* sums) {
     const S* from[CONV_BLOCK];
     S* to[CONV_BLOCK];
-    const int64_t count = block ? CONV_BLOCK : 1;
+    const int64_t count = block ? CONV_BLOCK : 1, before = t - CONV_BLOCK;
     in.window(t - taps + 1, t + count - 1, rows);
     gy.read(t, t + count);
     for (int64_t i = 0; i < count; ++i) from[i] = gy.row(t + i), to[i] = slope(t + i);
     if (block)
-      conv_slopes<S, TAPS, CONV_BLOCK>(in, rows, from, to, sums);
+      conv_slopes<S, TAPS, CONV_BLOCK>(in, rows, from, to, sums, in.x.ahead(before - taps + 1, a.tokens),
+                                       gy.ahead(before, a.tokens));
     else
-      conv_slopes<S, TAPS, 1>(in, rows, from, to, sums);
+      conv_slopes<S, TAPS, 1>(in, rows, from, to, sums, {}, {});
   }
 
   // gx of token t (or the block there); of a token of `initial`, into `extra`.
@@ -118,9 +121,10 @@ struct ConvBackward {
     for (int64_t u = t; u <= last; ++u) rows[u - t] = u >= 0 && u < next ? slope(u) : in.zeros;
     for (int64_t i = 0; i < count; ++i) to[i] = t < 0 ? extra : gx.row(t + i);
     if (block)
-      convolve<S, TAPS, CONV_BLOCK>(rows, mirrored, in.zeros, taps, item.pitch, false, to);
+      convolve<S, TAPS, CONV_BLOCK>(rows, mirrored, in.zeros, taps, item.pitch, false, to, {},
+                                    gx.ahead(t - CONV_BLOCK, a.tokens));
     else
-      convolve<S, TAPS, 1>(rows, mirrored, in.zeros, taps, item.pitch, false, to);
+      convolve<S, TAPS, 1>(rows, mirrored, in.zeros, taps, item.pitch, false, to, {}, {});
     if (a.gstate && last >= a.tokens)
       for (int64_t i = 0; i < count; ++i) add_state(t + i, to[i]);
   }

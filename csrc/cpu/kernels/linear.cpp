@@ -1,5 +1,5 @@
-// y = x W^T + b for few rows of x, as in decoding: every weight is read once, so what counts is reading them in one
-// stream, at the speed of memory. For many rows a matrix product of a BLAS is right.
+// y = x W^T + b for few rows of x, as in decoding: every weight is read once, so what counts is reading them at the
+// speed of memory. For many rows a matrix product of a BLAS is right.
 #include <cstdlib>
 
 #include "cpu/kernels.h"
@@ -26,23 +26,27 @@ HYBRID_LM_FN Vec<S> weights(const E* p) {
   }
 }
 
-// The products of one row of weights w (width) with M rows of x, `pitch` apart. Two sums for each row of x, so that an
-// addition need not wait for the one before it.
-template <int M, class S, class E>
-HYBRID_LM_FN void products(const E* w, const S* x, int64_t width, int64_t pitch, S* out) {
+// The products of R rows of weights, w[0] ... w[R - 1] (width), with M rows of x, `pitch` apart: out[r * M + m].
+template <int R, int M, class S, class E>
+HYBRID_LM_FN void products(const E* const* w, const S* x, int64_t width, int64_t pitch, S* out) {
   using L = Lanes<S>;
-  Vec<S> even[M] = {}, odd[M] = {};
+  // Elements of a row that are asked for ahead of time.
+  constexpr int64_t AHEAD = 4096 / sizeof(E);
+  Vec<S> sum[R][M] = {};
   int64_t i = 0;
-  for (; i + 2 * L::COUNT <= width; i += 2 * L::COUNT) {
-    const Vec<S> a = weights<S>(w + i), b = weights<S>(w + i + L::COUNT);
-    for (int m = 0; m < M; ++m) {
-      even[m] += a * L::load(x + m * pitch + i);
-      odd[m] += b * L::load(x + m * pitch + i + L::COUNT);
+  for (; i + L::COUNT <= width; i += L::COUNT) {
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(w[r] + i + AHEAD, 0, 2);
+      const Vec<S> v = weights<S>(w[r] + i);
+      for (int m = 0; m < M; ++m) sum[r][m] += v * L::load(x + m * pitch + i);
     }
   }
-  for (int m = 0; m < M; ++m) out[m] = L::sum(even[m] + odd[m]);
-  for (; i < width; ++i)
-    for (int m = 0; m < M; ++m) out[m] += widened<E, S>(w[i]) * x[m * pitch + i];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      S y = L::sum(sum[r][m]);
+      for (int64_t k = i; k < width; ++k) y += widened<E, S>(w[r][k]) * x[m * pitch + k];
+      out[r * M + m] = y;
+    }
 }
 
 // Calls `f` with the number of rows as a constant.
@@ -57,29 +61,53 @@ HYBRID_LM_FN void with_rows(int64_t rows, const F& f) {
 }
 
 template <class S, class E>
+struct Linear {
+  const LinearArgs& a;
+  const S* x;  // packed, `pitch` from row to row
+  int64_t pitch;
+
+  // Outputs first, first + apart, ... (R of them) for all rows of x, four at a time: more take the weights from the
+  // cache again.
+  template <int R>
+  void outputs(int64_t first, int64_t apart) const {
+    const E* w[R];
+    for (int r = 0; r < R; ++r) w[r] = static_cast<const E*>(a.weight.data) + (first + r * apart) * a.weight.stride[0];
+    for (int64_t from = 0; from < a.rows; from += 4)
+      with_rows(a.rows - from, [&](auto rows) {
+        constexpr int M = rows();
+        S out[R * M];
+        products<R, M>(w, x + from * pitch, a.width, pitch, out);
+        for (int r = 0; r < R; ++r) {
+          const int64_t o = first + r * apart;
+          S bias = 0;
+          if (a.bias) load_row(a.bias, o * a.bias.stride[0], 0, 1, &bias);
+          for (int m = 0; m < M; ++m) {
+            const S y = out[r * M + m] + bias;
+            store_row(a.y, (from + m) * a.y.stride[0] + o * a.y.stride[1], 0, 1, &y);
+          }
+        }
+      });
+  }
+
+  // Four streams through memory, each a quarter of the item's rows of weights: more requests are under way at a time.
+  void item(int64_t begin, int64_t end) const {
+    const int64_t quarter = (end - begin) / 4;
+    for (int64_t o = begin; o < begin + quarter; ++o) outputs<4>(o, quarter);
+    for (int64_t o = begin + 4 * quarter; o < end; ++o) outputs<1>(o, 0);
+  }
+};
+
+template <class S, class E>
 void run(const LinearArgs& a) {
   const int64_t pitch = (a.width + 15) / 16 * 16;
   S* x = static_cast<S*>(std::malloc(a.rows * pitch * sizeof(S)));
   for (int64_t m = 0; m < a.rows; ++m) load_row(a.x, m * a.x.stride[0], a.x.stride[1], a.width, x + m * pitch);
-  // 128 KiB of weights in a work item.
-  const int64_t fitting = (int64_t(1) << 17) / (a.width * int64_t(sizeof(E)) + 1);
+  const Linear<S, E> work{a, x, pitch};
+  // A megabyte of weights in a work item.
+  const int64_t fitting = (int64_t(1) << 20) / (a.width * int64_t(sizeof(E)) + 1);
   const int64_t block = fitting > 16 ? fitting : 16, items = (a.outputs + block - 1) / block;
-  for_each_item(a.parallel, items, a.rows * a.width * a.outputs, [&](int64_t item) {
-    const int64_t end = (item + 1) * block < a.outputs ? (item + 1) * block : a.outputs;
-    for (int64_t o = item * block; o < end; ++o) {
-      const E* w = static_cast<const E*>(a.weight.data) + o * a.weight.stride[0];
-      S bias = 0, out[4];
-      if (a.bias) load_row(a.bias, o * a.bias.stride[0], 0, 1, &bias);
-      // More rows than four take the weights from the cache again.
-      for (int64_t first = 0; first < a.rows; first += 4)
-        with_rows(a.rows - first, [&](auto rows) {
-          products<rows()>(w, x + first * pitch, a.width, pitch, out);
-          for (int m = 0; m < rows(); ++m) {
-            const S y = out[m] + bias;
-            store_row(a.y, (first + m) * a.y.stride[0] + o * a.y.stride[1], 0, 1, &y);
-          }
-        });
-    }
+  for_each_item(a.parallel, items, a.rows * a.width * a.outputs, [&](int64_t i) {
+    work.item(i * block, (i + 1) * block < a.outputs ? (i + 1) * block : a.outputs);
   });
   std::free(x);
 }

@@ -26,7 +26,7 @@ constexpr int STATES = 4;
 // for it decides in what order gradients are added.
 inline int64_t scan_group(const ScanArgs& a) {
   int64_t group = 128;
-  while (group > 32 && a.batch * ((a.width + group - 1) / group) < 8) group /= 2;
+  while (group > 32 && a.batch * ((a.width + group - 1) / group) < 4) group /= 2;
   return group;
 }
 
