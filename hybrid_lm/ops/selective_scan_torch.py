@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybrid_lm.ops.precision import full_precision, wide
 
-# Tokens per chunk: the fastest of 8, 16, 32 (evals/results/cpu/ops.md).
+# Tokens per chunk: the fastest of 8, 16, 32 (evals/results/cpu/torch_forms.md).
 CHUNK = 16
 
 
