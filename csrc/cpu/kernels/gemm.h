@@ -2,6 +2,7 @@
 // columns, whose sums stay in registers from the first step to whatever the caller does with them.
 #pragma once
 
+#include "cpu/arena.h"
 #include "cpu/rows.h"
 
 namespace hybrid_lm {
@@ -37,21 +38,12 @@ struct Matrix {
   }
 };
 
-// Cuts one piece of memory into matrices. Without memory it only counts the bytes that they need.
-struct Arena {
-  char* memory = nullptr;
-  size_t bytes = 0;
-
+// An arena for matrices as well.
+struct MatrixArena : Arena {
   template <class S>
   Matrix<S> matrix(int64_t rows, int64_t columns) {
     int64_t pitch = Matrix<S>::pitch_of(columns);
     return {take<S>(rows * pitch), pitch};
-  }
-  template <class T>
-  T* take(int64_t count) {
-    T* start = memory ? reinterpret_cast<T*>(memory + bytes) : nullptr;
-    bytes += (count * sizeof(T) + 63) / 64 * 64;
-    return start;
   }
 };
 

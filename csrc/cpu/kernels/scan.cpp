@@ -22,8 +22,8 @@ void finish_chunk(const ScanTile<S>& v) {
 template <class S>
 void scan_item(const ScanArgs& a, int64_t item, int64_t group) {
   using L = Lanes<S>;
-  Carver memory{static_cast<char*>(scratch(ScanTile<S>::bytes(a, group)))};
-  ScanTile<S> v(a, item, group, memory);
+  auto v = tile_of<ScanTile<S>>(a, item, group);
+  v.open();
   v.load_state(a.initial, v.h);
   for (int64_t at = 0; at < a.tokens; at += SCAN_CHUNK) {
     v.load_chunk(at);

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "cpu/arena.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "hybrid_lm/scan.h"
@@ -46,22 +47,6 @@ inline void fill_zero(S* p, int64_t count) {
   std::memset(p, 0, count * sizeof(S));
 }
 
-// Carves scratch memory into arrays that begin at cache lines.
-struct Carver {
-  char* free;
-
-  template <class S>
-  S* take(int64_t count) {
-    S* p = reinterpret_cast<S*>(free);
-    free += bytes<S>(count);
-    return p;
-  }
-  template <class S>
-  static int64_t bytes(int64_t count) {
-    return (count * sizeof(S) + 63) / 64 * 64;
-  }
-};
-
 // One work item: its place, and the tile of the chunk it is at.
 template <class S>
 struct ScanTile {
@@ -83,13 +68,8 @@ struct ScanTile {
   int64_t start = 0;          // the chunk's first token
   int steps = 0;
 
-  static int64_t bytes(const ScanArgs& a, int64_t group) {
-    return Carver::bytes<S>(a.states * group) * 2 + Carver::bytes<S>(SCAN_CHUNK * group) * 3 +
-           Carver::bytes<S>(SCAN_CHUNK * a.states) * 2 + Carver::bytes<S>(group) * 3 +
-           Carver::bytes<uint8_t>(SCAN_CHUNK);
-  }
-
-  ScanTile(const ScanArgs& args, int64_t item, int64_t group, Carver& memory) : a(args) {
+  // Lays out the arrays and touches none: `open` comes before the first chunk.
+  ScanTile(const ScanArgs& args, int64_t item, int64_t group, Arena& memory) : a(args) {
     const int64_t groups = (a.width + group - 1) / group;
     row = item / groups, first = item % groups * group;
     count = a.width - first < group ? a.width - first : group;
@@ -100,6 +80,10 @@ struct ScanTile {
     packed_B = memory.take<S>(SCAN_CHUNK * a.states), packed_C = memory.take<S>(SCAN_CHUNK * a.states);
     bias = memory.take<S>(group), D = memory.take<S>(group), line = memory.take<S>(group);
     reset = memory.take<uint8_t>(SCAN_CHUNK);
+  }
+
+  // What stays the same from chunk to chunk.
+  void open() {
     pack(a.dt_bias, first * a.dt_bias.stride[0], a.dt_bias.stride[0], bias);
     pack(a.D, first * a.D.stride[0], a.D.stride[0], D);
     for (int64_t n = 0; n < a.states; ++n) {
@@ -197,6 +181,15 @@ struct ScanTile {
   }
   V* lanes(S* p, int64_t i, int64_t n = 0) const { return reinterpret_cast<V*>(p + n * width + i); }
 };
+
+// A tile of the item in this thread's scratch memory.
+template <class Tile, class Args>
+HYBRID_LM_FN Tile tile_of(const Args& a, int64_t item, int64_t group) {
+  Arena needed;
+  Tile(a, item, group, needed);
+  Arena memory{static_cast<char*>(scratch(needed.bytes))};
+  return Tile(a, item, group, memory);
+}
 
 }  // namespace HYBRID_LM_ISA
 }  // namespace hybrid_lm

@@ -26,13 +26,7 @@ struct ScanGradTile : ScanTile<S> {
   S *gD, *gbias;          // [channel]
   void* trace;            // ScanTrace<N>[token]
 
-  static int64_t bytes(const ScanArgs& a, int64_t group) {
-    return ScanTile<S>::bytes(a, group) + Carver::bytes<S>(a.states * group) * 2 +
-           Carver::bytes<S>(SCAN_CHUNK * group) * 5 + Carver::bytes<S>(group) * 2 +
-           Carver::bytes<ScanTrace<STATES, V>>(SCAN_CHUNK);
-  }
-
-  ScanGradTile(const ScanGradArgs& a, int64_t item, int64_t group, Carver& memory)
+  ScanGradTile(const ScanGradArgs& a, int64_t item, int64_t group, Arena& memory)
       : ScanTile<S>(a, item, group, memory), args(a) {
     gh = memory.take<S>(a.states * group), gA = memory.take<S>(a.states * group);
     gout = memory.take<S>(SCAN_CHUNK * group), ginput = memory.take<S>(SCAN_CHUNK * group);
@@ -40,7 +34,11 @@ struct ScanGradTile : ScanTile<S> {
     dt_slope = memory.take<S>(SCAN_CHUNK * group), gate = memory.take<S>(SCAN_CHUNK * group);
     gD = memory.take<S>(group), gbias = memory.take<S>(group);
     trace = memory.take<ScanTrace<STATES, V>>(SCAN_CHUNK);
-    fill_zero(gA, a.states * this->width), fill_zero(gD, this->width), fill_zero(gbias, this->width);
+  }
+
+  void open() {
+    ScanTile<S>::open();
+    fill_zero(gA, this->a.states * this->width), fill_zero(gD, this->width), fill_zero(gbias, this->width);
   }
 
   // gout = gy silu(z): what the gated output asks of the sum under the gate; and what z gets of that sum.
@@ -124,8 +122,8 @@ struct ScanGradTile : ScanTile<S> {
 
 template <class S>
 void scan_item(const ScanGradArgs& a, int64_t item, int64_t group, const Parts<S>& parts) {
-  Carver memory{static_cast<char*>(scratch(ScanGradTile<S>::bytes(a, group)))};
-  ScanGradTile<S> v(a, item, group, memory);
+  auto v = tile_of<ScanGradTile<S>>(a, item, group);
+  v.open();
   v.load_state(a.gstate, v.gh);
   const int64_t rows = (v.first / group * a.batch + v.row) * a.tokens;
   for (int64_t at = (a.tokens - 1) / SCAN_CHUNK * SCAN_CHUNK; at >= 0; at -= SCAN_CHUNK) {

@@ -14,7 +14,7 @@ struct Workspace {
   Matrix<S> flat;      // [p][n], a state on its way in or out
   Matrix<S> states;    // [head][n][p]
 
-  Workspace(Arena& m, const SsdSizes<S>& size, int64_t heads)
+  Workspace(MatrixArena& m, const SsdSizes<S>& size, int64_t heads)
       : shared(m, size),
         x(m.matrix<S>(size.tokens, size.head_dim)),
         x_end(m.matrix<S>(size.tokens, size.head_dim)),
@@ -150,11 +150,11 @@ template <class S>
 void run(const SsdArgs& a) {
   const SsdItems items(a);
   const SsdSizes<S> size(a);
-  Arena count;
+  MatrixArena count;
   Workspace<S>(count, size, items.heads_per_item);
   const int64_t operations = a.batch * a.tokens * a.heads * size.head_dim * (4 * size.states + size.tokens);
   for_each_item(a.parallel, items.count, operations, [&](int64_t i) {
-    Arena arena{static_cast<char*>(scratch(count.bytes))};
+    MatrixArena arena{static_cast<char*>(scratch(count.bytes))};
     run_item(a, items[i], Workspace<S>(arena, size, items.heads_per_item));
   });
 }

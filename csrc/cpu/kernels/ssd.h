@@ -296,7 +296,7 @@ struct SsdShared {
   Matrix<S> Ct;      // [n][token]
   Matrix<S> CBt;     // [j][i], j <= i: C_i . B_j
 
-  SsdShared(Arena& m, const SsdSizes<S>& size)
+  SsdShared(MatrixArena& m, const SsdSizes<S>& size)
       : B(m.matrix<S>(size.tokens, size.states)),
         C(m.matrix<S>(size.tokens, size.states)),
         Ct(m.matrix<S>(size.states, size.tokens)),

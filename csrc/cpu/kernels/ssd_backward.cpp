@@ -30,12 +30,12 @@ struct Backward {
   size_t partial_bytes;
 
   Backward(const SsdGradArgs& a) : a(a), items(a), size(a) {
-    Arena one;
+    MatrixArena one;
     GroupSums<S>(one, size);
     partial_bytes = one.bytes;
   }
   // Cuts the memory of a pass that goes through so many chunks before it adds up.
-  void place(Arena& m, int64_t chunks) {
+  void place(MatrixArena& m, int64_t chunks) {
     head_sums = m.take<HeadSums>(a.batch * a.heads);
     gS = m.matrix<S>(a.batch * a.heads * size.states, size.head_dim);
     partial = m.take<char>(chunks * items.count * partial_bytes);
@@ -44,7 +44,7 @@ struct Backward {
     return {gS.row((batch * a.heads + head) * size.states), gS.pitch};
   }
   GroupSums<S> partial_of(int64_t chunk, int64_t item) const {
-    Arena m{partial + (chunk * items.count + item) * partial_bytes};
+    MatrixArena m{partial + (chunk * items.count + item) * partial_bytes};
     return GroupSums<S>(m, size);
   }
 
@@ -177,7 +177,7 @@ void run(const SsdGradArgs& a) {
   const int64_t chunk_bytes = pass.items.count * pass.partial_bytes;  // 0 without a sequence
   const int64_t most = chunk_bytes ? ROUND_BYTES / chunk_bytes + 1 : 1;
   const int64_t rounds = (chunks + most - 1) / most, size = rounds ? (chunks + rounds - 1) / rounds : 0;
-  Arena memory;
+  MatrixArena memory;
   pass.place(memory, size);
   void* const block = std::malloc(memory.bytes + 64);
   memory = {static_cast<char*>(block) + (-reinterpret_cast<uintptr_t>(block) & 63)};

@@ -21,7 +21,7 @@ struct GroupSums {
   Matrix<S> gBt, gCt;  // [n][token]: through the states
   Matrix<S> gCBt;      // [j][i]: gradient of C_i . B_j, 0 for j > i
 
-  GroupSums(Arena& m, const SsdSizes<S>& size)
+  GroupSums(MatrixArena& m, const SsdSizes<S>& size)
       : gBt(m.matrix<S>(size.states, size.tokens)),
         gCt(m.matrix<S>(size.states, size.tokens)),
         gCBt(m.matrix<S>(size.tokens, size.tokens)) {}
@@ -58,7 +58,7 @@ struct GradWorkspace {
   Matrix<S> flat;                 // [p][n], a state on its way in or out
   GroupSums<S> sums;
 
-  GradWorkspace(Arena& m, const SsdSizes<S>& size)
+  GradWorkspace(MatrixArena& m, const SsdSizes<S>& size)
       : shared(m, size),
         Bt(m.matrix<S>(size.states, size.tokens)),
         x(m.matrix<S>(size.tokens, size.head_dim)),
@@ -75,9 +75,9 @@ struct GradWorkspace {
 
   // On this thread's scratch memory.
   static GradWorkspace here(const SsdSizes<S>& size) {
-    Arena count;
+    MatrixArena count;
     GradWorkspace(count, size);
-    Arena arena{static_cast<char*>(scratch(count.bytes))};
+    MatrixArena arena{static_cast<char*>(scratch(count.bytes))};
     return GradWorkspace(arena, size);
   }
 };

@@ -16,7 +16,7 @@ struct Head {
   S decay[SSD_CHUNK];
   bool fresh[SSD_CHUNK];  // nothing that stands before the token reaches it
 
-  Head(Arena& m, const SsdSizes<S>& size)
+  Head(MatrixArena& m, const SsdSizes<S>& size)
       : B(m.matrix<S>(size.tokens, size.states)),
         C(m.matrix<S>(size.tokens, size.states)),
         x(m.matrix<S>(size.tokens, size.head_dim)),
@@ -88,9 +88,9 @@ void run(const SsdArgs& a) {
   const SsdSizes<S> size(a);
   const int64_t operations = 4 * a.batch * a.tokens * a.heads * a.head_dim * a.states;
   for_each_item(a.parallel, a.batch * a.heads, operations, [&](int64_t i) {
-    Arena count;
+    MatrixArena count;
     Head<S>(count, size);
-    Arena arena{static_cast<char*>(scratch(count.bytes))};
+    MatrixArena arena{static_cast<char*>(scratch(count.bytes))};
     Head<S> h(arena, size);
     run_head(a, i / a.heads, i % a.heads, h);
   });
