@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from hybrid_lm.config.base import Positive
 from hybrid_lm.layers.base import Context, Layer, LayerOptions
 from hybrid_lm.layers.memory import KVState, slack
-from hybrid_lm.layers.parts import Linear, RMSNorm
+from hybrid_lm.layers.parts import Linear, RMSNorm, zeros
 from hybrid_lm.layers.rotary import RopeOptions, Rotation
 from hybrid_lm.ops import alibi_slopes, attention
 
@@ -48,10 +49,37 @@ class Attention(Layer):
         """Scores become softcap * tanh(scores / softcap) (Gemma-2)."""
         scale: Annotated[float, Field(gt=0.0)] | None = None
         """Factor on the scores; by default head_dim^-1/2."""
+        sinks: bool = False
+        """One learned score per head that takes weight and gives nothing (gpt-oss, arXiv:2508.10925)."""
+        out_gate: Literal["none", "element", "head"] = "none"
+        """Factor sigmoid(gate_proj(x)) on the heads' output: one per number (Qwen3-Next) or one per head
+        (arXiv:2505.06708)."""
+        in_multiplier: float = 1.0
+        """Factor on the layer's input (Falcon-H1, with the two below)."""
+        key_multiplier: float = 1.0
+        """Factor on keys, before their norm and rope."""
+        out_multiplier: float = 1.0
+        """Factor on the layer's output."""
         qkv_bias: bool = False
+        """Bias of queries, keys, values and of the gate."""
         out_bias: bool = False
+        """Bias of the output projection."""
         dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
         """Probability of dropping an attention weight, in training."""
+
+        def resolved(self, d_in: int) -> dict[str, Any]:
+            width = self.head_dim or d_in // self.n_heads
+            usual = self.scale is None or math.isclose(self.scale, width**-0.5, rel_tol=1e-12)
+            return self.model_dump() | {
+                "n_kv_heads": self.n_kv_heads or self.n_heads,
+                "head_dim": width,
+                "scale": None if usual else self.scale,
+                **(
+                    self.without_effect("qk_norm_eps", "qk_norm_unit_offset")
+                    if self.qk_norm == "none"
+                    else {}
+                ),
+            }
 
         def check(self, d_in: int) -> Iterable[tuple[str, str]]:
             kv = self.n_kv_heads or self.n_heads
@@ -94,6 +122,16 @@ class Attention(Layer):
             "rope": {"interleaved": True},
         },
         {"n_heads": 4},
+        {"n_heads": 4, "n_kv_heads": 2, "sinks": True, "window": 6, "rope": {}},
+        {"n_heads": 4, "out_gate": "element", "qkv_bias": True, "sinks": True},
+        {
+            "n_heads": 4,
+            "out_gate": "head",
+            "in_multiplier": 0.7,
+            "key_multiplier": 1.6,
+            "out_multiplier": 0.4,
+            "out_bias": True,
+        },
         {"n_heads": 4, "rope": {"scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_positions": 40}},
     )
 
@@ -108,6 +146,12 @@ class Attention(Layer):
         self.k_proj = Linear(d_in, kv, bias=bias)
         self.v_proj = Linear(d_in, kv, bias=bias)
         self.o_proj = Linear(q, self.d_out, bias=options.out_bias, kind="output")
+        self.gate_proj: Any = None
+        if options.out_gate != "none":
+            self.gate_proj = Linear(d_in, q if options.out_gate == "element" else self.n_heads, bias=bias)
+        self.register_parameter("sinks", None)
+        if options.sinks:
+            self.add("sinks", (self.n_heads,), "bias", zeros)
         self.q_norm: Any = None
         self.k_norm: Any = None
         if options.qk_norm != "none":
@@ -127,7 +171,9 @@ class Attention(Layer):
 
     def forward(self, x: Tensor, state: KVState | None, ctx: Context) -> tuple[Tensor, KVState | None]:
         o = self.options
+        x = x if o.in_multiplier == 1.0 else x * o.in_multiplier
         q, k, v = self.q_proj(x, ctx), self.k_proj(x, ctx), self.v_proj(x, ctx)
+        k = k if o.key_multiplier == 1.0 else k * o.key_multiplier
         if o.qk_norm == "full":
             q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
         q = q.unflatten(-1, (self.n_heads, self.head_dim))
@@ -151,12 +197,17 @@ class Attention(Layer):
             window=o.window,
             softcap=o.softcap,
             alibi_slopes=self.slopes(ctx) if o.alibi else None,
+            sinks=self.sinks,
             q_docs=ctx.doc_ids,
             k_docs=docs,
             dropout_p=o.dropout if self.training else 0.0,
             backend=ctx.backends.get("attention"),
         )
-        return self.o_proj(y.flatten(-2), ctx), state
+        if self.gate_proj is not None:
+            # (b t h p) or (b t h 1)
+            y = y * self.gate_proj(x, ctx).unflatten(-1, (self.n_heads, -1)).sigmoid()
+        y = self.o_proj(y.flatten(-2), ctx)
+        return (y if o.out_multiplier == 1.0 else y * o.out_multiplier), state
 
     def slopes(self, ctx: Context) -> Tensor:
         """ALiBi's slopes (h), made once per call."""

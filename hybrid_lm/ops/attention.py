@@ -1,7 +1,8 @@
-"""Causal softmax attention with grouped heads, documents, a window, ALiBi and a logit softcap.
+"""Causal softmax attention with grouped heads, documents, a window, ALiBi, a logit softcap and sinks.
 
 Attention: Vaswani et al. 2017, arXiv:1706.03762. Grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
 ALiBi: Press et al. 2021, arXiv:2108.12409. Softcap: Gemma 2, arXiv:2408.00118.
+Sinks: gpt-oss, arXiv:2508.10925, after Xiao et al. 2023, arXiv:2309.17453.
 """
 
 import math
@@ -27,6 +28,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     q_docs: Tensor | None = None,
     k_docs: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -42,6 +44,8 @@ def attention(
     window        tokens that a query sees, itself included; None for all
     softcap       c: the scaled scores become c * tanh(score / c), before bias and mask
     alibi_slopes  (h) float: adds -slope * (distance back to the key, in keys)
+    sinks         (h) float: one more score per head, of nothing: exp(sink) joins the softmax's denominator,
+                  so that the weights of the keys sum to less than 1
     q_docs        (b t) int, k_docs (b s) int, both or neither: a query sees only keys of its own document.
                   Padding is document 0 and sees only padding, so that its output is finite.
     dropout_p     probability that a weight is dropped
@@ -51,7 +55,7 @@ def attention(
     run = _attention(backend, q)
     return run(
         q, k, v,
-        scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+        scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         q_docs=q_docs, k_docs=k_docs, dropout_p=dropout_p,
     )  # fmt: skip
 
@@ -74,6 +78,7 @@ def _attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     q_docs: Tensor | None = None,
     k_docs: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -95,9 +100,10 @@ def _attention_reference(
     visible = visible if window is None else visible & (distance < window)
     if q_docs is not None and k_docs is not None:
         visible = visible & (q_docs[:, :, None] == k_docs[:, None, :])[:, None]
-    # 5. weights and their average of the values
-    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
-    weights = F.dropout(weights, dropout_p)
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    # 5. weights, of which a sink takes its part, and their average of the values
+    scores = scores if sinks is None else _beside(scores, sinks)
+    weights = F.dropout(scores.softmax(-1)[..., :s], dropout_p)
     return torch.einsum("bhts,bshp->bthp", weights, v).to(dtype)
 
 
@@ -110,6 +116,7 @@ def _attention_torch(
     window: int | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     q_docs: Tensor | None = None,
     k_docs: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -121,12 +128,12 @@ def _attention_torch(
     if window is not None and t == 1:
         k, v, s, window = k[:, s - window :], v[:, s - window :], window, None
     q, k, v = (m.transpose(1, 2) for m in (q, k, v))  # (b h t p)
-    plain = window is None and softcap is None and alibi_slopes is None and q_docs is None
+    plain = window is None and softcap is None and alibi_slopes is None and sinks is None and q_docs is None
     if plain and dropout_p == 0.0 and t == 1:
         return _sdpa(q, k, v, scale).transpose(1, 2)
     if plain and dropout_p == 0.0 and t == s:
         return _sdpa(q, k, v, scale, is_causal=True).transpose(1, 2)
-    blocks = []
+    blocks, learned = [], (q, k, v) if sinks is None else (q, k, v, sinks)
     for start in range(0, t, BLOCK):
         stop = min(start + BLOCK, t)
         # the keys that this block of queries can see
@@ -139,13 +146,14 @@ def _attention_torch(
             None if q_docs is None else q_docs[:, start:stop],
             None if k_docs is None else k_docs[:, first:last],
             alibi_slopes,
+            sinks,
             scale,
             window,
             softcap,
             dropout_p,
         )
         # Several blocks: the backward pass makes masks and scores again instead of keeping t * s of them.
-        again = t > BLOCK and torch.is_grad_enabled() and any(m.requires_grad for m in (q, k, v))
+        again = t > BLOCK and torch.is_grad_enabled() and any(m.requires_grad for m in learned)
         blocks.append(checkpoint(_block, *arguments, use_reentrant=False) if again else _block(*arguments))
     return torch.cat(blocks, 2).transpose(1, 2)
 
@@ -157,6 +165,7 @@ def _block(
     q_docs: Tensor | None,
     k_docs: Tensor | None,
     slopes: Tensor | None,
+    sinks: Tensor | None,
     scale: float | None,
     window: int | None,
     softcap: float | None,
@@ -173,13 +182,40 @@ def _block(
     bias = None if slopes is None else -slopes.to(q.dtype)[:, None, None] * distance.to(q.dtype)  # (h t s)
     if softcap is None:
         mask = visible if bias is None else bias.masked_fill(~visible, -math.inf)
+        if sinks is not None:
+            return _sdpa_with_sinks(q, k, v, scale, sinks, mask=mask, dropout_p=dropout_p)
         return _sdpa(q, k, v, scale, mask=mask, dropout_p=dropout_p)
     k, v = (m.repeat_interleave(q.shape[1] // m.shape[1], dim=1) for m in (k, v))
     scores = (q @ k.transpose(-1, -2)).to(wide(q)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * (scores / softcap).tanh()
     scores = scores if bias is None else scores + bias
-    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
-    return F.dropout(weights, dropout_p).to(v.dtype) @ v
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    scores = scores if sinks is None else _beside(scores, sinks)
+    return F.dropout(scores.softmax(-1)[..., :s], dropout_p).to(v.dtype) @ v
+
+
+def _beside(scores: Tensor, sinks: Tensor) -> Tensor:
+    """The scores (b h t s) and each head's sink behind them, (b h t s+1)."""
+    return torch.cat((scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)), -1)
+
+
+def _sdpa_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor, *, mask: Tensor, dropout_p: float
+) -> Tensor:
+    """One key more, whose score is the head's sink and whose value is zero.
+
+    The score comes from one more channel, sink / scale in q and 1 in that key: sinks get their gradient
+    through q, where one through the mask would cost PyTorch's fast kernels.
+    """
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    q = torch.cat((q, (sinks / factor).to(q.dtype)[:, None, None].expand(*q.shape[:-1], 1)), -1)
+    key = F.pad(k.new_ones(*k.shape[:2], 1, 1), (k.shape[-1], 0))
+    k = torch.cat((key, F.pad(k, (0, 1))), 2)
+    # The values get the channel too: the kernels want all heads equally wide.
+    v = F.pad(v, (0, 1, 1, 0))
+    # Everyone sees it: true in a mask, 0 in a bias.
+    mask = F.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
+    return _sdpa(q, k, v, factor, mask=mask, dropout_p=dropout_p)[..., :-1]
 
 
 def _sdpa(

@@ -36,6 +36,11 @@ def rotate(x, theta, r):
     return torch.cat([pair.real, pair.imag, x[..., r:]], -1)
 
 
+def denominator(layer):
+    """What a sink adds to the softmax's denominator, per head."""
+    return torch.zeros(layer.n_heads) if layer.sinks is None else layer.sinks.exp()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -45,6 +50,10 @@ def rotate(x, theta, r):
         {"n_heads": 2, "rope": {"fraction": 0.5}, "qk_norm": "full", "softcap": 2.0, "scale": 0.4},
         {"n_heads": 4, "alibi": True, "qkv_bias": True, "out_bias": True, "window": 5},
         {"n_heads": 3, "head_dim": 10},
+        {"n_heads": 4, "n_kv_heads": 2, "sinks": True, "window": 5, "rope": {}},
+        {"n_heads": 4, "out_gate": "element", "qkv_bias": True, "softcap": 2.0, "sinks": True},
+        {"n_heads": 4, "head_dim": 8, "out_gate": "head", "in_multiplier": 0.7, "key_multiplier": 1.6},
+        {"n_heads": 4, "out_multiplier": 0.4, "in_multiplier": 1.3, "out_bias": True, "qkv_bias": True},
     ],
 )
 def test_attention_is_equation_1(options):
@@ -54,11 +63,12 @@ def test_attention_is_equation_1(options):
     with torch.no_grad():
         y, _ = layer(x, None, Context(torch.arange(t).expand(2, t)))
     layer.requires_grad_(False)
+    x = x * o.in_multiplier
 
     def project(linear):
         return x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
 
-    q, key, v = project(layer.q_proj), project(layer.k_proj), project(layer.v_proj)
+    q, key, v = project(layer.q_proj), project(layer.k_proj) * o.key_multiplier, project(layer.v_proj)
     if o.qk_norm == "full":
         q, key = rms(q, layer.q_norm.weight), rms(key, layer.k_norm.weight)
     q, key, v = q.view(2, t, h, hd), key.view(2, t, k, hd), v.view(2, t, k, hd)
@@ -76,9 +86,16 @@ def test_attention_is_equation_1(options):
         slopes = 2.0 ** (-8 * torch.arange(1, h + 1).double() / h)
         scores = scores - slopes[:, None, None] * back
     scores = scores.masked_fill((back < 0) | (back >= (o.window or t)), -torch.inf)
-    expected = torch.einsum("bhij,bjhp->bihp", scores.softmax(-1), v).flatten(-2) @ layer.o_proj.weight.T
+    # softmax with one more term in its denominator
+    weights = scores.exp() / (scores.exp().sum(-1, keepdim=True) + denominator(layer)[:, None, None])
+    heads = torch.einsum("bhij,bjhp->bihp", weights, v)
+    if o.out_gate != "none":
+        gate = project(layer.gate_proj).view(2, t, h, hd if o.out_gate == "element" else 1)
+        heads = heads / (1 + torch.exp(-gate))
+    expected = heads.flatten(-2) @ layer.o_proj.weight.T
     if o.out_bias:
         expected = expected + layer.o_proj.bias
+    expected = expected * o.out_multiplier
     # float64 sums of tens of terms; rope's tables are made in float32, whose eps times the position this is.
     torch.testing.assert_close(
         y, expected, rtol=0, atol=(1e-5 if o.rope else 1e-12) * float(expected.abs().max())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm import ops
@@ -116,8 +117,40 @@ def ssd(
     return Case(name_of("ssd", sizes, *words_of(full, reset, without)), ops.ssd, make, chain=chain)
 
 
+def delta_rule(
+    t: int, chunk: int = 8, groups: int = 2, *, b: int = 2, h: int = 4, k: int = 5, p: int = 3,
+    full: bool = True, reset: bool | str = True, without: Sequence[str] = (),
+) -> Case:  # fmt: skip
+    def make(g: torch.Generator) -> Inputs:
+        inputs: Inputs = {
+            "q": randn(g, b, t, groups, k),
+            # keys of length 1 and betas up to 2: the state stays bounded, as in the layer
+            "k": F.normalize(randn(g, b, t, groups, k), dim=-1),
+            "v": randn(g, b, t, h, p),
+            "log_decay": -randn(g, b, t, h).abs(),
+            "beta": 2 * randn(g, b, t, h).sigmoid(),
+            "chunk": chunk,
+        }
+        if full:
+            inputs |= {"scale": 0.7, "initial": randn(g, b, h, k, p)}
+        return only(inputs | reset_of(g, reset, b, t), without)
+
+    sizes = {"b": b, "t": t, "h": h, "p": p, "g": groups, "k": k, "c": chunk}
+    # along the tokens there and back, over keys, values and heads, and over the batch
+    chain = 16 + 2 * t + b * t + k + p + h
+    name = name_of("delta_rule", sizes, *words_of(full, reset, without))
+    return Case(name, ops.delta_rule, make, chain=chain)
+
+
 def attention(
-    t: int, s: int, *, docs: bool = False, slopes: bool = False, heads: int = 4, **options: Any
+    t: int,
+    s: int,
+    *,
+    docs: bool = False,
+    slopes: bool = False,
+    sinks: bool = False,
+    heads: int = 4,
+    **options: Any,
 ) -> Case:
     def make(g: torch.Generator) -> Inputs:
         inputs: Inputs = {
@@ -130,9 +163,16 @@ def attention(
             inputs |= {"q_docs": ids[:, s - t :], "k_docs": ids}
         if slopes:
             inputs["alibi_slopes"] = ops.alibi_slopes(heads)
+        if sinks:
+            inputs["sinks"] = randn(g, heads)
         return inputs | options
 
-    words = [*("docs",) * docs, *("alibi",) * slopes, *(f"{k}{v}" for k, v in options.items())]
+    words = [
+        *("docs",) * docs,
+        *("alibi",) * slopes,
+        *("sinks",) * sinks,
+        *(f"{k}{v}" for k, v in options.items()),
+    ]
     return Case("-".join([f"attention-t{t}-s{s}-h{heads}", *words]), ops.attention, make)
 
 
@@ -159,6 +199,26 @@ def norm(
     words = [*("bare",) * (not weight), *(f"{k}_{v}" for k, v in options.items())]
     count = torch.Size(rows).numel()
     return Case(name_of(op.__name__, {"r": count, "d": d}, *words), op, make, chain=16 + count + d)
+
+
+def lru(
+    t: int,
+    *,
+    b: int = 2,
+    d: int = 6,
+    full: bool = True,
+    reset: bool | str = True,
+    without: Sequence[str] = (),
+) -> Case:
+    def make(g: torch.Generator) -> Inputs:
+        inputs: Inputs = {"x": randn(g, b, t, d), "log_a": -randn(g, b, t, d).abs()}
+        return only(
+            inputs | ({"initial": randn(g, b, d)} if full else {}) | reset_of(g, reset, b, t), without
+        )
+
+    name = name_of("lru", {"b": b, "t": t, "d": d}, *words_of(full, reset, without))
+    # along the tokens there and back
+    return Case(name, ops.linear_recurrence, make, chain=16 + 2 * t)
 
 
 def linear(rows: int = 3, d: int = 19, out: int = 7, *, bias: bool = True) -> Case:

@@ -25,7 +25,7 @@ def qkv(t: int, s: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize(("t", "s"), [(13, 13), (13, 20)])
 @pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize("kind", ["plain", "docs", "alibi", "softcap"])
+@pytest.mark.parametrize("kind", ["plain", "docs", "alibi", "softcap", "sinks"])
 def test_blocks_of_queries_equal_the_reference(
     monkeypatch: pytest.MonkeyPatch, t: int, s: int, window: int | None, kind: str
 ) -> None:
@@ -36,11 +36,12 @@ def test_blocks_of_queries_equal_the_reference(
         "docs": {"q_docs": docs[:, s - t :], "k_docs": docs},
         "alibi": {"alibi_slopes": ops.alibi_slopes(4)},
         "softcap": {"softcap": 2.0},
+        "sinks": {"sinks": torch.randn(4, dtype=torch.float64, requires_grad=True)},
     }[kind]
-    leaves = qkv(t, s)
+    leaves = (*qkv(t, s), *(options[key] for key in ("sinks",) if key in options))
     results = []
     for backend in ("reference", "torch"):
-        y = ops.attention(*leaves, window=window, backend=backend, **options)
+        y = ops.attention(*leaves[:3], window=window, backend=backend, **options)
         results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
     for expected, actual in zip(*results, strict=True):
         assert (actual - expected).abs().max() <= EXACT * expected.abs().max().clamp(min=1)
@@ -72,6 +73,19 @@ def test_alibi_bias_equals_mpt_s() -> None:
     assert (actual - expected).abs().max() <= 2**6 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_sink_takes_the_weight_that_it_is_worth(backend: str) -> None:
+    q, k, v = qkv(7, 7)
+    sinks = torch.tensor([-3.0, 0.0, 1.0, 5.0], dtype=torch.float64)
+    y = ops.attention(q, k, v, sinks=sinks, backend=backend)
+    # equation of gpt-oss: the part of the weights that the keys keep is sum exp(score) / (that + exp(sink))
+    scores = torch.einsum("bthp,bshp->bths", q, k.repeat_interleave(2, 2)) * 8**-0.5
+    future = torch.ones(7, 7, dtype=torch.bool).triu(1)[:, None]
+    total = scores.masked_fill(future, -torch.inf).exp().sum(-1)
+    kept = (total / (total + sinks.exp()))[..., None]
+    assert (y - ops.attention(q, k, v, backend=backend) * kept).abs().max() <= EXACT
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_padding_is_finite_and_alone(backend: str, softcap: float | None) -> None:
@@ -84,17 +98,18 @@ def test_padding_is_finite_and_alone(backend: str, softcap: float | None) -> Non
     assert (y[:1, 3:5] - alone).abs().max() <= EXACT
 
 
-@pytest.mark.parametrize("kind", ["plain", "docs", "softcap", "alibi"])
+@pytest.mark.parametrize("kind", ["plain", "docs", "softcap", "alibi", "sinks"])
 def test_bf16_error_is_at_most_twice_plain_pytorch_s(kind: str) -> None:
     t = 40
     q, k, v = (m.detach().bfloat16() for m in qkv(t, t))
     docs = (torch.arange(t) // 17 + 1).expand(2, -1)
-    slopes = ops.alibi_slopes(4)
+    slopes, sinks = ops.alibi_slopes(4), torch.randn(4).bfloat16()
     options = {
         "plain": {},
         "docs": {"q_docs": docs, "k_docs": docs},
         "softcap": {"softcap": 2.0},
         "alibi": {"alibi_slopes": slopes},
+        "sinks": {"sinks": sinks},
     }[kind]
     exact = ops.attention(q.double(), k.double(), v.double(), backend="reference", **options)
     # the formula with every step rounded to bf16
@@ -103,7 +118,10 @@ def test_bf16_error_is_at_most_twice_plain_pytorch_s(kind: str) -> None:
     scores = 2.0 * (scores / 2.0).tanh() if kind == "softcap" else scores
     scores = scores - (slopes[:, None, None] * distance).bfloat16() if kind == "alibi" else scores
     hidden = (distance < 0) | ((docs[0][:, None] != docs[0]) if kind == "docs" else False)
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if kind == "sinks":
+        scores = torch.cat((scores, sinks[:, None, None].expand(2, 4, t, 1)), -1)
+    weights = scores.softmax(-1)[..., :t]
     plain = torch.einsum("bhts,bshp->bthp", weights, v.repeat_interleave(2, 2))
     y = ops.attention(q, k, v, backend="torch", **options)
     assert y.dtype == torch.bfloat16
@@ -111,11 +129,13 @@ def test_bf16_error_is_at_most_twice_plain_pytorch_s(kind: str) -> None:
     assert (y - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
-def test_token_by_token_equals_the_whole() -> None:
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2.0, 4.0, 4, dtype=torch.float64)])
+def test_token_by_token_equals_the_whole(sinks: Tensor | None) -> None:
     q, k, v = qkv(9, 9)
     for window in (None, 1, 4):
-        whole = ops.attention(q, k, v, window=window)
-        ys = [ops.attention(q[:, i : i + 1], k[:, : i + 1], v[:, : i + 1], window=window) for i in range(9)]
+        options = {"window": window, "sinks": sinks}
+        whole = ops.attention(q, k, v, **options)
+        ys = [ops.attention(q[:, i : i + 1], k[:, : i + 1], v[:, : i + 1], **options) for i in range(9)]
         assert (torch.cat(ys, 1) - whole).abs().max() <= EXACT
 
 
@@ -128,7 +148,7 @@ def test_dropout_keeps_the_mean_and_drops() -> None:
     assert (ys.mean(0) - 1).abs().max() <= 5 / 400**0.5
 
 
-@pytest.mark.parametrize("kind", ["docs", "softcap", "window"])
+@pytest.mark.parametrize("kind", ["docs", "softcap", "window", "sinks"])
 def test_memory_kept_for_backward_is_linear(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(module, "BLOCK", 16)
 
@@ -138,6 +158,7 @@ def test_memory_kept_for_backward_is_linear(monkeypatch: pytest.MonkeyPatch, kin
             "docs": {"q_docs": docs, "k_docs": docs},
             "softcap": {"softcap": 2.0},
             "window": {"window": 20},
+            "sinks": {"sinks": torch.zeros(4)},
         }[kind]
         sizes: dict[int, int] = {}
 

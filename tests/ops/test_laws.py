@@ -13,9 +13,11 @@ from tests.ops.cases import (
     attention,
     cast,
     conv,
+    delta_rule,
     error,
     linear,
     loss,
+    lru,
     norm,
     outputs,
     run,
@@ -38,6 +40,17 @@ RECURRENT = [
     *(ssd(t, full=False, reset=False) for t in (1, 19)),
     ssd(19, full=False),
     ssd(19, reset=False),
+    *(
+        delta_rule(t, c, g)
+        for t, c, g in ((1, 8, 2), (2, 1, 1), (7, 8, 4), (8, 8, 2), (17, 8, 1), (37, 16, 2))
+    ),
+    *(delta_rule(t, full=False, reset=False) for t in (1, 19)),
+    delta_rule(19, full=False),
+    delta_rule(19, reset=False),
+    *(lru(t) for t in (1, 2, 3, 4, 16, 17, 37)),
+    *(lru(t, full=False, reset=False) for t in (1, 19)),
+    lru(19, full=False),
+    lru(19, reset=False),
 ]
 POINTWISE = [
     *(attention(t, s, docs=docs) for t, s in ((7, 7), (1, 7), (3, 9)) for docs in (False, True)),
@@ -46,6 +59,10 @@ POINTWISE = [
     attention(5, 9, window=4, docs=True, slopes=True, softcap=3.0, scale=0.3),
     attention(7, 7, slopes=True),
     attention(7, 7, softcap=3.0),
+    attention(7, 7, sinks=True),
+    attention(1, 9, sinks=True, window=4, docs=True),
+    attention(5, 9, sinks=True, window=4, docs=True, slopes=True, scale=0.3),
+    attention(5, 9, sinks=True, docs=True, softcap=3.0),
     *(loss(**o) for o in ({}, {"bias": True}, {"scale": 0.5, "softcap": 4.0}, {"label_smoothing": 0.1})),
     loss(bias=True, z_loss=0.01, label_smoothing=0.1, scale=0.5, softcap=4.0),
     norm(eps=0.1),
@@ -58,8 +75,9 @@ POINTWISE = [
 CASES = RECURRENT + POINTWISE
 # One plain and one full case of each op, where a law costs seconds.
 FEW = [
-    conv(5), scan(18), ssd(9, 4),
-    attention(6, 6), attention(6, 6, docs=True), attention(5, 7, window=3, softcap=3.0, slopes=True),
+    conv(5), scan(18), lru(18), ssd(9, 4), delta_rule(9, 4),
+    attention(6, 6), attention(6, 6, docs=True, sinks=True),
+    attention(5, 7, window=3, softcap=3.0, slopes=True),
     loss(bias=True, z_loss=0.01, label_smoothing=0.1, softcap=4.0, scale=0.5),
     norm(), norm(gate=True, groups=2), linear(),
 ]  # fmt: skip
@@ -92,7 +110,7 @@ def test_equals_the_reference(case: Case, backend: str, generator: torch.Generat
     assert max(error(a, e) for a, e in zip(actual, expected, strict=True)) <= EXACT
 
 
-@over([*FEW, conv(1), scan(1), ssd(1)])
+@over([*FEW, conv(1), scan(1), lru(1), ssd(1), delta_rule(1)])
 def test_gradients_by_finite_differences(case: Case, backend: str, generator: torch.Generator) -> None:
     inputs = cast(case.make(generator), torch.float64)
     inputs.pop("alibi_slopes", None)
@@ -149,7 +167,7 @@ def test_float32_stays_near_float64(case: Case, backend: str, generator: torch.G
 
 @pytest.mark.compile
 @pytest.mark.parametrize("dynamic", [False, True])
-@over([*FEW, scan(1), ssd(1), conv(1)])
+@over([*FEW, scan(1), lru(1), ssd(1), delta_rule(1), conv(1)])
 def test_compiled_equals_eager(case: Case, backend: str, dynamic: bool, generator: torch.Generator) -> None:
     torch.compiler.reset()
     inputs = case.make(generator)
@@ -166,8 +184,12 @@ def test_compiled_equals_eager(case: Case, backend: str, dynamic: bool, generato
         conv(5, full=False, reset=False),
         scan(5),
         scan(5, full=False, reset=False),
+        lru(5),
+        lru(5, full=False),
         ssd(5),
         ssd(5, full=False),
+        delta_rule(5),
+        delta_rule(5, full=False),
     ]
 )
 def test_recurrences_keep_autocast_out(case: Case, backend: str, generator: torch.Generator) -> None:
