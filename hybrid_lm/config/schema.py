@@ -20,8 +20,9 @@ Rate = Annotated[float, Field(ge=0.0)]
 class BlockConfig(Config):
     """How a layer sits in the residual stream: `x + multiplier * dropout(post_norm(layer(pre_norm(x))))`."""
 
-    placement: Literal["pre", "post", "sandwich", "none"] = "pre"
-    """Where the norms are: before the layer, after it (OLMo-2), both (Gemma-2), or nowhere."""
+    placement: Literal["pre", "pre_each", "post", "sandwich", "none"] = "pre"
+    """Where the norms are: before the layer, after it (OLMo-2), both (Gemma-2), or nowhere. pre_each:
+    parallel layers (`a+f`) have one each before them (GPT-NeoX) instead of one for all."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Which norm."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-5
@@ -41,7 +42,7 @@ class BlockConfig(Config):
 class BlockOverride(Config):
     """Fields of `model.block` that one recipe sets for itself; an unset field keeps the model's value."""
 
-    placement: Literal["pre", "post", "sandwich", "none"] | None = None
+    placement: Literal["pre", "pre_each", "post", "sandwich", "none"] | None = None
     norm: Literal["rmsnorm", "layernorm"] | None = None
     eps: Annotated[float, Field(gt=0.0)] | None = None
     weight: bool | None = None

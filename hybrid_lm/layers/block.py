@@ -14,6 +14,9 @@ from hybrid_lm.layers.base import Context, Layer, LayerList, LayerOptions, Modul
 from hybrid_lm.layers.parts import Linear, make_norm, zeros
 from hybrid_lm.ops import linear
 
+BEFORE = ("pre", "pre_each", "sandwich")
+"""The placements with a norm before the layer."""
+
 
 class Branch(Layer):
     """A layer with its norms: post_norm(layer(pre_norm(x))), without a residual."""
@@ -22,7 +25,7 @@ class Branch(Layer):
         super().__init__(layer.d_in, LayerOptions(), d_out=layer.d_out)
         # A layer that takes the stream raw has norms around its parts.
         placement = "none" if layer.reads_raw else block.placement
-        self.pre_norm = make_norm(layer.d_in, block) if placement in ("pre", "sandwich") else None
+        self.pre_norm = make_norm(layer.d_in, block) if placement in BEFORE else None
         self.layer = layer
         self.post_norm = make_norm(layer.d_out, block) if placement in ("post", "sandwich") else None
 
@@ -54,7 +57,8 @@ class Residual(Branch):
 
 
 class Parallel(Layer):
-    """Layers on one input, outputs summed: `a+m` (Falcon-H1, Hymba)."""
+    """Layers on one input, outputs summed: `a+m` (Falcon-H1, Hymba). With norms of their own they are
+    branches: `a+f` with `placement: pre_each` (GPT-NeoX)."""
 
     def __init__(self, layers: Sequence[Layer]):
         super().__init__(layers[0].d_in, LayerOptions(), d_out=layers[0].d_out)

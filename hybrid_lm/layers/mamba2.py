@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,9 @@ from hybrid_lm.layers.base import Context, Layer, LayerOptions
 from hybrid_lm.layers.parts import Linear, ones
 from hybrid_lm.layers.ssm import SSMState, check_dt, conv_start, dt_bias_start, log_uniform_A
 from hybrid_lm.ops import causal_conv1d, gated_rms_norm, ssd
+
+Factors = Annotated[tuple[float, float, float, float, float], Field(strict=False)]
+"""Of z, x, B, C and dt."""
 
 
 class Mamba2(Layer):
@@ -44,6 +47,12 @@ class Mamba2(Layer):
         norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
         dt_limit: Annotated[tuple[float, float], Field(strict=False)] = (0.0, math.inf)
         """Step sizes are kept within these."""
+        in_multiplier: float = 1.0
+        """Factor on the input (Falcon-H1)."""
+        out_multiplier: float = 1.0
+        """Factor on the output (Falcon-H1)."""
+        multipliers: Factors = (1.0, 1.0, 1.0, 1.0, 1.0)
+        """Factors on z, x, B, C and dt as the input projection gives them (Falcon-H1)."""
         conv_bias: bool = True
         bias: bool = False
         """Biases of the input and output projections."""
@@ -61,6 +70,10 @@ class Mamba2(Layer):
         def inner(self, d_in: int) -> int:
             """Inner width at input width `d_in`."""
             return self.d_inner or round(self.expand * d_in)
+
+        def resolved(self, d_in: int) -> dict[str, Any]:
+            quiet = self.without_effect("norm_eps") if self.norm == "gate" else {}
+            return self.model_dump() | {"d_inner": self.inner(d_in), **quiet}
 
         def check(self, d_in: int) -> Iterable[tuple[str, str]]:
             inner = self.inner(d_in)
@@ -92,6 +105,9 @@ class Mamba2(Layer):
             "norm": "gate",
             "dt_limit": [0.002, 0.08],
             "bias": True,
+            "in_multiplier": 1.2,
+            "out_multiplier": 0.7,
+            "multipliers": [0.8, 1.1, 0.9, 1.3, 0.6],
         },
     )
 
@@ -122,7 +138,7 @@ class Mamba2(Layer):
 
     def forward(self, x: Tensor, state: SSMState | None, ctx: Context) -> tuple[Tensor, SSMState | None]:
         o = self.options
-        z, xBC, dt = self.in_proj(x, ctx).split([self.d_inner, self.d_xBC, self.n_heads], -1)
+        z, xBC, dt = self.projected(x, ctx).split([self.d_inner, self.d_xBC, self.n_heads], -1)
         xBC, conv = causal_conv1d(
             xBC,
             self.conv_weight,
@@ -160,7 +176,20 @@ class Mamba2(Layer):
             order=o.norm,
             backend=ctx.backends.get("gated_rms_norm"),
         )
-        return self.out_proj(y, ctx), None if state is None else SSMState(conv, ssm)
+        y = self.out_proj(y, ctx)
+        y = y if o.out_multiplier == 1.0 else y * o.out_multiplier
+        return y, None if state is None else SSMState(conv, ssm)
+
+    def projected(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (b t d_in) -> [z x B C dt] (b t -1), each with its factor."""
+        o = self.options
+        p = self.in_proj(x if o.in_multiplier == 1.0 else x * o.in_multiplier, ctx)
+        if all(factor == 1.0 for factor in o.multipliers):
+            return p
+        n = o.n_groups * o.d_state
+        sizes = (self.d_inner, self.d_inner, n, n, self.n_heads)
+        factors = zip(o.multipliers, sizes, strict=True)
+        return p * torch.cat([p.new_full((size,), factor) for factor, size in factors])
 
     def mixing_flops(self, context: int) -> float:
         # The recurrent form: decay, update and read-out of a state of d_inner n numbers, and the convolution.

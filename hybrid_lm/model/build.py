@@ -38,15 +38,22 @@ class Builder:
         blocks = [self.config.layers[name].residual.apply(self.config.block) for name in names]
         if any(block != blocks[0] for block in blocks):
             raise ValueError(
-                f"model.layers: {text} runs on one norm, but {' and '.join(names)} have different "
-                "`residual` settings"
+                f"model.layers: {text} is one item of the residual stream, but {' and '.join(names)} have "
+                "different `residual` settings"
             )
-        layers = [self.occurrence(name, d_in) for name in names]
-        if len(layers) > 1 and any(layer.reads_raw for layer in layers):
+        block, layers = blocks[0], [self.occurrence(name, d_in) for name in names]
+        if len(layers) == 1:
+            return layers[0], block
+        if block.placement == "pre_each":
+            own = block.model_copy(update={"placement": "pre"})
+            around = block.model_copy(update={"placement": "none"})
+            return Parallel([Branch(layer, own) for layer in layers]), around
+        if any(layer.reads_raw for layer in layers):
             raise ValueError(
-                f"model.pattern: {text}: a layer that norms its own input cannot share the norm of a +"
+                f"model.pattern: {text}: a layer that norms its own input cannot share the norm of a +; "
+                "placement: pre_each gives each its own"
             )
-        return (layers[0] if len(layers) == 1 else Parallel(layers)), blocks[0]
+        return Parallel(layers), block
 
     def occurrence(self, name: str, d_in: int) -> Layer:
         """One more occurrence of a recipe."""

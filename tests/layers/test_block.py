@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybrid_lm.config.schema import BlockConfig, ModelConfig
+from hybrid_lm.laws import LAWS, Subject, compiled_is_eager
 from hybrid_lm.layers.base import Context, LayerOptions
 from hybrid_lm.layers.block import Parallel, Residual, Shared
 from hybrid_lm.layers.mlp import MLP
@@ -23,7 +24,7 @@ def mlp(seed):
     return layer.double()
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich", "none"])
+@pytest.mark.parametrize("placement", ["pre", "pre_each", "post", "sandwich", "none"])
 def test_residual_is_its_formula(placement):
     layer = mlp(0)
     block = BlockConfig(placement=placement, unit_offset=True, residual_multiplier=0.7)
@@ -36,7 +37,7 @@ def test_residual_is_its_formula(placement):
     def normed(v, i):
         return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-5) * (1 + 0.3 + i)
 
-    y = layer(normed(x, 0) if placement in ("pre", "sandwich") else x, None, CTX)[0]
+    y = layer(normed(x, 0) if placement in ("pre", "pre_each", "sandwich") else x, None, CTX)[0]
     if placement in ("post", "sandwich"):
         y = normed(y, len(norms) - 1)
     torch.testing.assert_close(residual(x, None, CTX)[0], x + 0.7 * y, rtol=1e-12, atol=1e-12)
@@ -46,6 +47,45 @@ def test_parallel_branches_add_up():
     one, two, x = mlp(1), mlp(2), torch.randn(2, 5, 8, dtype=torch.float64)
     expected = one(x, None, CTX)[0] + two(x, None, CTX)[0]
     torch.testing.assert_close(Parallel([one, two])(x, None, CTX)[0], expected)
+
+
+def test_parallel_branches_with_norms_of_their_own():
+    """GPT-NeoX: x + one(norm_1(x)) + two(norm_2(x)), norms in the branches and none around them."""
+    block = {"placement": "pre_each", "residual_multiplier": 0.7}
+    layers = {"a": {"type": "mlp", "d_ff": 12}, "b": {"type": "mlp", "d_ff": 16}}
+    config = {"d_model": 8, "vocab_size": 11, "pattern": "a+b a", "layers": layers, "block": block}
+    model = build_model(ModelConfig.model_validate(config)).double()
+    weights = dict(model.named_parameters())
+    scales = [f"layers.0.layer.layers.{i}.pre_norm.weight" for i in (0, 1)]
+    assert [name for name in weights if "norm" in name] == [
+        *scales,
+        "layers.1.pre_norm.weight",
+        "final_norm.weight",
+    ]
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    expected = x
+    for i, scale in enumerate(scales):
+        torch.nn.init.normal_(weights[scale])
+        branch = model.layers[0].layer.layers[i].layer
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weights[scale]
+        expected = expected + 0.7 * branch(normed, None, CTX)[0]
+    torch.testing.assert_close(model.layers[0](x, None, CTX)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_norms_of_their_own_keep_the_laws():
+    """Memories of both branches, and a layer that norms its own input beside one that does not."""
+    layers = {
+        "a": {"type": "attention", "n_heads": 4, "window": 6, "rope": {}},
+        "m": {"type": "mamba2", "d_state": 4, "head_dim": 8, "chunk": 8},
+        "f": {"type": "mlp", "d_ff": 16},
+        "z": {"type": "inject", "block": "f", "into": "m"},
+    }
+    config = {"d_model": 16, "vocab_size": 11, "pattern": "a+m z+a a+f", "layers": layers}
+    judged = Subject(ModelConfig.model_validate({**config, "block": {"placement": "pre_each"}}), tokens=40)
+    for law in LAWS:
+        if law is not compiled_is_eager:
+            verdict = law(judged)
+            assert verdict.holds, verdict
 
 
 def zamba(**per_call):
@@ -134,7 +174,7 @@ def test_adapters_see_what_is_loaded_moved_and_trained():
     assert not model.eval().layers[0].layer._view[0].training
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("placement", ["pre", "pre_each", "post", "sandwich"])
 def test_injection_norms_each_part_once(placement):
     layers = {
         "b": {"type": "mlp"},
@@ -151,8 +191,9 @@ def test_injection_norms_each_part_once(placement):
     model = build_model(ModelConfig.model_validate(config))
     names = [name for name in model.state_dict() if "norm" in name and "final" not in name]
     assert len(names) == 2 * (2 if placement == "sandwich" else 1), names
+    shared = () if placement == "pre_each" else (({"pattern": "z+m"}, "cannot share the norm"),)
     for change, message in (
-        ({"pattern": "z+m"}, "cannot share the norm"),
+        *shared,
         (
             {"layers": {**layers, "m": {"type": "mlp", "residual": {"dropout": 0.1}}}},
             "no residual of its own",

@@ -12,11 +12,26 @@ from hybrid_lm.layers.base import Context
 from hybrid_lm.layers.mamba2 import Mamba2
 from hybrid_lm.model.init import initialise
 
+# Falcon-H1's factors: on the input, on z, x, B, C and dt, on the output.
+FACTORS = (0.7, (0.9, 1.2, 0.8, 1.5, 0.6), 1.3)
+
 
 @pytest.mark.parametrize("norm", ["gate_norm", "norm_gate", "gate"])
-def test_mamba2_is_the_published_recurrence(norm):
+@pytest.mark.parametrize(("a", "m", "b"), [(1.0, (1.0,) * 5, 1.0), FACTORS])
+def test_mamba2_is_the_published_recurrence(norm, a, m, b):
     d, n, hp, g, t = 16, 5, 8, 2, 13
-    layer = Mamba2(d, Mamba2.Options(d_state=n, head_dim=hp, n_groups=g, norm=norm, chunk=4)).double()
+    options = Mamba2.Options(
+        d_state=n,
+        head_dim=hp,
+        n_groups=g,
+        norm=norm,
+        chunk=4,
+        bias=True,
+        in_multiplier=a,
+        multipliers=m,
+        out_multiplier=b,
+    )
+    layer = Mamba2(d, options).double()
     initialise(layer, InitConfig(), n_layers=1)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -26,7 +41,9 @@ def test_mamba2_is_the_published_recurrence(norm):
     y, _ = layer(x, None, Context(torch.arange(t).expand(2, t)))
 
     p, inner, heads = dict(layer.named_parameters()), 2 * d, 2 * d // hp
-    z, xBC, dt = (x @ p["in_proj.weight"].T).split([inner, inner + 2 * g * n, heads], -1)
+    parts = (a * x @ p["in_proj.weight"].T + p["in_proj.bias"]).split([inner, inner, g * n, g * n, heads], -1)
+    z, u, B, C, dt = (factor * part for factor, part in zip(m, parts, strict=True))
+    xBC = torch.cat([u, B, C], -1)
     taps = F.pad(xBC, (0, 0, 3, 0)).unfold(1, 4, 1)
     xBC = F.silu((taps * p["conv_weight"]).sum(-1) + p["conv_bias"])
     u, B, C = xBC.split([inner, g * n, g * n], -1)
@@ -51,7 +68,7 @@ def test_mamba2_is_the_published_recurrence(norm):
         "norm_gate": lambda: grouped(out) * gate,
         "gate": lambda: out * gate,
     }[norm]()
-    expected = out @ p["out_proj.weight"].T
+    expected = b * (out @ p["out_proj.weight"].T + p["out_proj.bias"])
     # Two orders of the same sums in float64: 2^-52 times a few thousand terms.
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
 
