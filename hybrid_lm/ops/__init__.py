@@ -9,7 +9,10 @@ from hybrid_lm.ops import native
 from hybrid_lm.ops.attention import alibi_slopes, attention
 from hybrid_lm.ops.backend import report, select
 from hybrid_lm.ops.causal_conv1d import causal_conv1d
+from hybrid_lm.ops.delta_rule import delta_rule
+from hybrid_lm.ops.grouped_linear import grouped_linear
 from hybrid_lm.ops.linear import linear
+from hybrid_lm.ops.linear_recurrence import linear_recurrence
 from hybrid_lm.ops.loss import TokenLoss, linear_cross_entropy
 from hybrid_lm.ops.norm import gated_rms_norm, rms_norm
 from hybrid_lm.ops.rope import apply_rope, rope_table
@@ -22,9 +25,12 @@ __all__ = [
     "apply_rope",
     "attention",
     "causal_conv1d",
+    "delta_rule",
     "gated_rms_norm",
+    "grouped_linear",
     "linear",
     "linear_cross_entropy",
+    "linear_recurrence",
     "native",
     "report",
     "rms_norm",

@@ -1,10 +1,11 @@
-"""The laws of the three recurrences: hand-off of states, documents, extreme steps, memory, operators."""
+"""The laws of the recurrences: hand-off of states, documents, extreme steps, memory, operators."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm import ops
@@ -38,13 +39,38 @@ def ssd_inputs(t: int, *, dtype: torch.dtype = torch.float64) -> Inputs:
     return {k: v.to(dtype) for k, v in floats.items()} | {"chunk": 4}
 
 
+def delta_rule_inputs(t: int, *, dtype: torch.dtype = torch.float64) -> Inputs:
+    b, h, p, g, k = 2, 4, 3, 2, 5
+    key = F.normalize(torch.randn(b, t, g, k), dim=-1)
+    floats = {"q": torch.randn(b, t, g, k), "k": key, "v": torch.randn(b, t, h, p)}
+    floats |= {"log_decay": -torch.rand(b, t, h), "beta": 2 * torch.rand(b, t, h)}
+    return {k: v.to(dtype) for k, v in floats.items()} | {"chunk": 4}
+
+
+def lru_inputs(t: int, *, dtype: torch.dtype = torch.float64) -> Inputs:
+    return {"x": torch.randn(2, t, 6).to(dtype), "log_a": -torch.rand(2, t, 6).to(dtype)}
+
+
 RECURRENCES = [
-    pytest.param(ops.causal_conv1d, conv_inputs, id="conv"),
-    pytest.param(ops.selective_scan, scan_inputs, id="scan"),
-    pytest.param(ops.ssd, ssd_inputs, id="ssd"),
+    (ops.causal_conv1d, conv_inputs),
+    (ops.selective_scan, scan_inputs),
+    (ops.ssd, ssd_inputs),
+    (ops.delta_rule, delta_rule_inputs),
+    (ops.linear_recurrence, lru_inputs),
 ]
-PER_TOKEN = ("x", "dt", "B", "C", "z", "reset")
-every_recurrence = pytest.mark.parametrize(("op", "make"), RECURRENCES)
+PER_TOKEN = ("x", "dt", "B", "C", "z", "q", "k", "v", "log_decay", "beta", "log_a", "reset")
+STEPS = ("dt", "log_decay", "log_a")
+
+
+def over(recurrences: list[tuple[Callable[..., Any], Callable[..., Inputs]]]) -> Any:
+    """Every recurrence with every fast backend that it has."""
+    has = {(row.op, row.backend) for row in ops.report()}
+    rows = [(op, make, name) for op, make in recurrences for name in FAST if (op.__name__, name) in has]
+    ids = [f"{op.__name__}-{name}" for op, _, name in rows]
+    return pytest.mark.parametrize(("op", "make", "backend"), rows, ids=ids, indirect=["backend"])
+
+
+every_recurrence = over(RECURRENCES)
 
 
 @pytest.fixture(autouse=True)
@@ -70,17 +96,17 @@ def test_any_split_equals_the_whole(
 ) -> None:
     t = 21
     inputs = make(t) | ({"reset": torch.rand(2, t) < 0.15} if with_reset else {})
-    inputs["x"].requires_grad_()
+    leaves = [v.requires_grad_() for k, v in inputs.items() if k in PER_TOKEN and k != "reset"]
     whole, last = op(backend=backend, **inputs)
-    (g_whole,) = torch.autograd.grad(whole.square().sum() + last.square().sum(), inputs["x"])
+    g_whole = torch.autograd.grad(whole.square().sum() + last.square().sum(), leaves)
     for at in range(1, t):
         first, state = op(backend=backend, **cut(inputs, 0, at))
         second, state = op(backend=backend, **cut(inputs, at, t), initial=state)
         ys = torch.cat((first, second), 1)
-        (g,) = torch.autograd.grad(ys.square().sum() + state.square().sum(), inputs["x"])
+        grads = torch.autograd.grad(ys.square().sum() + state.square().sum(), leaves)
         assert close(ys, whole), at
         assert close(state, last), at
-        assert close(g, g_whole), at
+        assert all(close(g, e) for g, e in zip(grads, g_whole, strict=True)), at
 
 
 @every_recurrence
@@ -129,12 +155,12 @@ def test_nothing_before_a_reset_gets_a_gradient_from_behind_it(
 
 @pytest.mark.parametrize("size", [1e-12, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("op", "make"), RECURRENCES[1:])
+@over(RECURRENCES[1:])
 def test_extreme_steps_have_finite_gradients(
     op: Callable[..., Any], make: Callable[..., Inputs], backend: str, dtype: torch.dtype, size: float
 ) -> None:
     inputs = make(21, dtype=dtype)
-    inputs["dt"] = inputs["dt"] * size
+    inputs |= {name: inputs[name] * size for name in STEPS if name in inputs}
     leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, Tensor)]
     y, state = op(backend=backend, **inputs, reset=torch.rand(2, 21) < 0.2)
     grads = torch.autograd.grad(y.float().sum() + state.sum(), leaves)
@@ -154,7 +180,7 @@ def saved_bytes(function: Callable[[], Any]) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(("op", "make"), RECURRENCES)
+@every_recurrence
 def test_memory_kept_for_backward_is_linear_and_small(
     op: Callable[..., Any], make: Callable[..., Inputs], backend: str
 ) -> None:
@@ -215,12 +241,24 @@ def test_the_operators_of_the_torch_forms_pass_opcheck() -> None:
     x, dt, A, B, C, D = (s[k].requires_grad_() for k in ("x", "dt", "A", "B", "C", "D"))
     initial = torch.randn(2, 4, 3, 5, requires_grad=True)
     torch.library.opcheck(operators.ssd.default, (x, dt, A, B, C, D, initial, reset[:, :9], 4))
+    s = delta_rule_inputs(9, dtype=torch.float32)
+    tensors = tuple(s[k].requires_grad_() for k in ("q", "k", "v", "log_decay", "beta"))
+    initial = torch.randn(2, 4, 5, 3, requires_grad=True)
+    torch.library.opcheck(operators.delta_rule.default, (*tensors, 0.5, initial, reset[:, :9], 4))
     c = conv_inputs(9, dtype=torch.float32)
     x, weight, bias = (c[k].requires_grad_() for k in ("x", "weight", "bias"))
     initial = torch.randn(2, 3, 6, requires_grad=True)
     document = reset[:, :9].cumsum(1, dtype=torch.int32)
     torch.library.opcheck(operators.causal_conv1d.default, (x, weight, bias, initial, document, True))
     torch.library.opcheck(operators.causal_conv1d.default, (x, weight, None, initial, None, False))
+    r = lru_inputs(9, dtype=torch.float32)
+    x, log_a, initial = (
+        r["x"].requires_grad_(),
+        r["log_a"].requires_grad_(),
+        torch.randn(2, 6).requires_grad_(),
+    )
+    for given in (reset[:, :9], None):
+        torch.library.opcheck(operators.linear_recurrence.default, (x, log_a, initial, given))
     x, weight = torch.randn(9, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
     labels = torch.arange(9)
     labels[2] = -100
