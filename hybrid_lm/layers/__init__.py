@@ -9,6 +9,8 @@ LAYERS = Registry(
         "mamba": "hybrid_lm.layers.mamba:Mamba",
         "mamba2": "hybrid_lm.layers.mamba2:Mamba2",
         "mlp": "hybrid_lm.layers.mlp:MLP",
+        "moe": "hybrid_lm.layers.moe:MoE",
+        "rg_lru": "hybrid_lm.layers.rg_lru:RGLRU",
         "short_conv": "hybrid_lm.layers.short_conv:ShortConv",
         "inject": "hybrid_lm.layers.inject:Inject",
     },

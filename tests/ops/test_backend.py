@@ -13,9 +13,11 @@ from hybrid_lm.ops.native import library
 NAMES = (
     "attention",
     "causal_conv1d",
+    "delta_rule",
     "gated_rms_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_recurrence",
     "rms_norm",
     "selective_scan",
     "ssd",
@@ -53,7 +55,7 @@ def test_a_native_library_that_is_missing_is_refused_with_the_reason(monkeypatch
         ("fla", "ssd: backend 'fla' cannot run on cpu: this version has no fla kernel for it"),
         (
             "native",
-            "attention, linear_cross_entropy: backend 'native' cannot run on cpu: this version",
+            "linear_recurrence, linear_cross_entropy: backend 'native' cannot run on cpu: this version",
         ),
         ("native", "it has: reference, torch"),
         ("troch", "known: auto, fla, mamba_ssm, native, reference, torch. Did you mean 'torch'?"),
