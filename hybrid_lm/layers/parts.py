@@ -20,20 +20,30 @@ def zeros(x: Tensor, _: object) -> None:
     nn.init.zeros_(x)
 
 
-class Linear(Module):
-    """y = x W^T + b, W (d_out d_in). `kind="output"` for a matrix that writes to the residual stream."""
+def bare(module: Module) -> None:
+    """What `Module` does first, without the constructors of torch's classes, which make and fill weights."""
+    nn.Module.__init__(module)
+    module.specs = {}
+
+
+class Linear(Module, nn.Linear):
+    """y = x W^T + b, W (d_out d_in). `kind="output"` for a matrix that writes to the residual stream.
+
+    An `nn.Linear`, so that PEFT and other tools find it; what takes its place is called with `ctx` as well.
+    """
 
     def __init__(
         self, d_in: int, d_out: int, *, bias: bool = False, kind: str = "matrix", init: Init | None = None
     ):
-        super().__init__()
+        bare(self)
+        self.in_features, self.out_features = d_in, d_out
         self.add("weight", (d_out, d_in), kind, init)
         if bias:
             self.add("bias", (d_out,), "bias")
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x (... d_in) -> (... d_out)."""
         return linear(x, self.weight, self.bias, backend=ctx.backends.get("linear"))
 
@@ -94,13 +104,12 @@ def make_norm(d: int, block: BlockConfig) -> Module:
     return RMSNorm(d, eps=block.eps, weight=block.weight, unit_offset=block.unit_offset)
 
 
-class Embedding(Module):
-    """Rows of a table (n d), looked up by index."""
+class Embedding(Module, nn.Embedding):
+    """Rows of a table (n d), looked up by index: an `nn.Embedding` that is started with the other weights."""
 
     def __init__(self, n: int, d: int):
-        super().__init__()
+        bare(self)
+        self.num_embeddings, self.embedding_dim = n, d
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
         self.add("weight", (n, d), "embedding")
-
-    def forward(self, index: Tensor) -> Tensor:
-        """index (...) -> (... d)."""
-        return F.embedding(index, self.weight)

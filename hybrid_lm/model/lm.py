@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.layers.base import Context, Layer, LayerList, Module, State
-from hybrid_lm.layers.parts import Embedding, make_norm
+from hybrid_lm.layers.parts import Embedding, Linear, make_norm
 from hybrid_lm.ops import TokenLoss, linear, linear_cross_entropy
 
 
@@ -43,6 +45,11 @@ class HybridLM(Module):
     """A stack of residual layers over one embedding. `build_model` makes one; the constructor leaves weights
     unset."""
 
+    gradient_checkpointing = False
+    """Whether training keeps only the input of each layer and computes the rest again for the gradients. Chen
+    et al. 2016, arXiv:1604.06174. transformers looks for this name and sets the function below."""
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+
     def __init__(
         self,
         config: ModelConfig,
@@ -59,7 +66,7 @@ class HybridLM(Module):
         self.shared = nn.ModuleDict({name: nn.ModuleList(copies) for name, copies in shared.items()})
         self.layers = LayerList(layers)
         self.final_norm = make_norm(d, config.block) if config.final_norm else None
-        self.lm_head = None if e.tied else Embedding(config.vocab_size, d)
+        self.lm_head = None if e.tied else Linear(d, config.vocab_size, kind="embedding")
         if config.head.bias:
             self.add("lm_bias", (config.vocab_size,), "bias")
         else:
@@ -84,26 +91,43 @@ class HybridLM(Module):
 
     def features(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         *,
         state: ModelState | None = None,
         doc_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        embeds: Tensor | None = None,
+        hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, ModelState | None]:
-        """`forward` up to the logits: (b t d), after the final norm."""
-        ctx = self.context(tokens, state, doc_ids, positions)
-        x = ctx.embeddings = self.embedded(tokens, ctx.positions)
+        """`forward` up to the logits: (b t d), after the final norm.
+
+        `embeds` (b t d): what to read in place of the rows of `embed` that `tokens` name. `hidden`: gets what
+        enters each layer (b t d), and at last what is returned.
+        """
+        rows = embeds if tokens is None else tokens
+        assert rows is not None
+        ctx = self.context(rows, state, doc_ids, positions)
+        x = ctx.embeddings = self.embedded(tokens, ctx.positions, embeds)
         memories = [None] * len(self.layers) if state is None else state.layers
+        again = self.gradient_checkpointing and self.training and state is None
         for i, layer in enumerate(self.layers):
-            x, memories[i] = layer(x, memories[i], ctx)
+            if hidden is not None:
+                hidden.append(x)
+            if again:
+                x = self._gradient_checkpointing_func(partial(stateless, layer, ctx), x, ctx.embeddings)
+            else:
+                x, memories[i] = layer(x, memories[i], ctx)
         if state is not None:
             state.position = ctx.positions[:, -1] + 1
-            state.seen += tokens.shape[1]
+            state.seen += rows.shape[1]
             if ctx.doc_ids is not None:
                 state.doc = ctx.doc_ids[:, -1]
                 opened = ctx.doc_ids.amax(1)
                 state.opened = opened if state.opened is None else torch.maximum(opened, state.opened)
-        return (x if self.final_norm is None else self.final_norm(x, ctx)), state
+        x = x if self.final_norm is None else self.final_norm(x, ctx)
+        if hidden is not None:
+            hidden.append(x)
+        return x, state
 
     def logits(self, x: Tensor) -> Tensor:
         """x (... d) -> (... v)."""
@@ -148,10 +172,10 @@ class HybridLM(Module):
         position = torch.zeros(batch, dtype=torch.int64, device=self.embed.weight.device)
         return ModelState(layers, position, None, None, 0)
 
-    def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token embeddings (b t d), with absolute positions if the model has them."""
+    def embedded(self, tokens: Tensor | None, positions: Tensor, embeds: Tensor | None = None) -> Tensor:
+        """Token embeddings, or `embeds` in their place (b t d), with absolute positions if there are any."""
         e = self.config.embedding
-        x = self.embed(tokens)
+        x = self.embed(tokens) if embeds is None else embeds
         if e.multiplier != 1.0:
             # Rounded to the model's type, as the checkpoints that have this factor were trained.
             x = x * torch.tensor(e.multiplier, dtype=x.dtype)
@@ -162,10 +186,10 @@ class HybridLM(Module):
         return F.dropout(x, e.dropout, self.training) if e.dropout else x
 
     def context(
-        self, tokens: Tensor, state: ModelState | None, doc_ids: Tensor | None, positions: Tensor | None
+        self, rows: Tensor, state: ModelState | None, doc_ids: Tensor | None, positions: Tensor | None
     ) -> Context:
-        """What the layers of one call share: documents, resets and positions."""
-        b, t = tokens.shape
+        """What the layers of a call on tokens or embeddings (b t ...) share: documents, resets, positions."""
+        b, t = rows.shape[:2]
         reset = None
         if doc_ids is None:
             # The documents go on: nothing is reset, but their numbers still say which keys are theirs.
@@ -179,7 +203,7 @@ class HybridLM(Module):
                 check_order(doc_ids, reset, None if state is None else state.opened)
         start = None if state is None else state.position
         if positions is None:
-            positions = count_positions(b, t, reset, start, tokens.device)
+            positions = count_positions(b, t, reset, start, rows.device)
         self._check_length(positions, (0 if state is None else state.seen) + t)
         return Context(positions, doc_ids, reset, backends=self.backends)
 
@@ -198,6 +222,11 @@ class HybridLM(Module):
                 f"{limit} (model.embedding.max_positions); use shorter documents, or positions that have no "
                 "limit (rope, alibi)"
             )
+
+
+def stateless(layer: Layer, ctx: Context, x: Tensor, embeddings: Tensor) -> Tensor:
+    """A layer's output (b t d) as a function of all that gradients flow through."""
+    return layer(x, None, replace(ctx, embeddings=embeddings))[0]
 
 
 def check_order(doc_ids: Tensor, reset: Tensor, opened: Tensor | None) -> None:
