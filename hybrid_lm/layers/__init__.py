@@ -6,6 +6,7 @@ LAYERS = Registry(
     "layer",
     {
         "attention": "hybrid_lm.layers.attention:Attention",
+        "gated_deltanet": "hybrid_lm.layers.gated_deltanet:GatedDeltaNet",
         "mamba": "hybrid_lm.layers.mamba:Mamba",
         "mamba2": "hybrid_lm.layers.mamba2:Mamba2",
         "mlp": "hybrid_lm.layers.mlp:MLP",
