@@ -89,6 +89,8 @@ class _Describer:
         if recipe.copies:
             described["shared"] = self.shared.setdefault(name, len(self.shared))
             described["copies"] = recipe.copies
+            if recipe.shares_norms:
+                described["norms"] = True
             described["per_call"] = recipe.per_call and recipe.per_call.model_dump()
         for key, text in part_options(options):
             described["options"][key] = [self.item(item) for item in expand(text, list(self.model.layers))]

@@ -61,6 +61,8 @@ class ShareConfig(Config):
 
     copies: Positive = 1
     """How many sets of weights the occurrences use in turn."""
+    norms: bool = False
+    """Share the norms around the layer as well; otherwise each occurrence has its own."""
 
 
 class LoRAConfig(Config):
@@ -70,7 +72,8 @@ class LoRAConfig(Config):
     rank: Positive
     """Rank of the addition."""
     on: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """Names of the layer's matrices, as `show` prints them: q_proj, gate_proj, ..."""
+    """Names of the layer's matrices: q_proj, gate_proj, ...; `gate_proj+up_proj`: one addition for both, as
+    if they were one matrix (Zamba2)."""
 
 
 class PerCallConfig(Config):
@@ -105,6 +108,11 @@ class Recipe(Config):
     def copies(self) -> int:
         """Sets of weights that the occurrences share, 0 if each has its own."""
         return self.share.copies if isinstance(self.share, ShareConfig) else int(self.share)
+
+    @property
+    def shares_norms(self) -> bool:
+        """Whether the occurrences share the norms around the layer too."""
+        return isinstance(self.share, ShareConfig) and self.share.norms
 
 
 class EmbeddingConfig(Config):

@@ -21,6 +21,8 @@ BEFORE = ("pre", "pre_each", "sandwich")
 class Branch(Layer):
     """A layer with its norms: post_norm(layer(pre_norm(x))), without a residual."""
 
+    reads_raw = True
+
     def __init__(self, layer: Layer, block: BlockConfig):
         super().__init__(layer.d_in, LayerOptions(), d_out=layer.d_out)
         # A layer that takes the stream raw has norms around its parts.
@@ -88,21 +90,21 @@ class LoRA(Module):
         self.add("A", (rank, d_in), "matrix")
         self.add("B", (d_out, rank), "matrix", zeros)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        """x (... d_in) -> what is added to W's output, (... d_out)."""
+    def forward(self, x: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
+        """x (... d_in) -> what is added to W's output, (... d_out), or the given rows of it."""
         backend = ctx.backends.get("linear")
-        return linear(linear(x, self.A, backend=backend), self.B, backend=backend)
+        return linear(linear(x, self.A, backend=backend), self.B[rows], backend=backend)
 
 
 class Adapted(nn.Module):
-    """A matrix that is somebody else's, and one's own addition to it."""
+    """A matrix that is somebody else's, and one's own addition to it: some rows of a LoRA."""
 
-    def __init__(self, linear: Linear, lora: LoRA):
+    def __init__(self, linear: Linear, lora: LoRA, rows: slice):
         super().__init__()
-        self.linear, self.lora = linear, lora
+        self.linear, self.lora, self.rows = linear, lora, rows
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.linear(x, ctx) + self.lora(x, ctx)
+        return self.linear(x, ctx) + self.lora(x, ctx, self.rows)
 
 
 def seen_with(module: nn.Module, name: str, replaced: nn.Module) -> nn.Module:
@@ -119,23 +121,35 @@ class Shared(Layer):
     """One occurrence of a layer whose weights several occurrences use (Zamba, arXiv:2405.16712; Zamba2,
     arXiv:2411.15242).
 
-    The weights belong to the model; the occurrence owns its memory and the small parts of `per_call`.
+    The weights belong to the model; the occurrence owns its memory and the small parts of `per_call`. A core
+    that is a branch has the norms, shared as well.
     """
 
     def __init__(self, core: Layer, per_call: PerCallConfig | None):
         super().__init__(core.d_in, LayerOptions(), d_out=core.d_out)
+        # As its core does: of the object here, of the class elsewhere.
+        self.reads_raw = core.reads_raw  # type: ignore[misc]
         self.lora = nn.ModuleDict()
         view: nn.Module = core
         if per_call is not None and per_call.lora is not None:
-            for name in per_call.lora.on:
-                shared = matrix(core, name)
-                lora = LoRA(*shared.weight.shape, rank=per_call.lora.rank)
-                self.lora[name.replace(".", "_")] = lora
-                view = seen_with(view, name, Adapted(shared, lora))
+            for entry in per_call.lora.on:
+                view = self.adapted(view, entry.split("+"), per_call.lora.rank)
         # In a tuple, so that the weights are registered once, by their owner, and saved once.
         self._core, self._view = (core,), (view,)
         square = per_call is not None and per_call.out_proj
         self.out_proj = Linear(core.d_out, core.d_out, kind="output") if square else None
+
+    def adapted(self, view: nn.Module, names: list[str], rank: int) -> nn.Module:
+        """The view with one more addition of this occurrence's, to the matrices of these names."""
+        matrices = together(view.layer if isinstance(view, Branch) else view, names)
+        d_out, d_in = sum(len(shared.weight) for shared in matrices), matrices[0].weight.shape[1]
+        lora = self.lora["_".join(names).replace(".", "_")] = LoRA(d_out, d_in, rank)
+        start = 0
+        for name, shared in zip(names, matrices, strict=True):
+            rows = slice(start, start + len(shared.weight))
+            path = f"layer.{name}" if isinstance(view, Branch) else name
+            view, start = seen_with(view, path, Adapted(shared, lora, rows)), rows.stop
+        return view
 
     @property
     def core(self) -> Layer:
@@ -158,7 +172,19 @@ class Shared(Layer):
         return self.core.mixing_flops(context)
 
 
-def matrix(layer: Layer, name: str) -> Linear:
+def together(layer: nn.Module, names: Sequence[str]) -> list[Linear]:
+    """The matrices of these names; ValueError if one is missing or they do not read the same width."""
+    found = [matrix(layer, name) for name in names]
+    widths = {shared.weight.shape[1] for shared in found}
+    if len(widths) > 1:
+        raise ValueError(
+            f"per_call.lora.on: {'+'.join(names)}: one addition reads one width, not {sorted(widths)}; name "
+            "them apart"
+        )
+    return found
+
+
+def matrix(layer: nn.Module, name: str) -> Linear:
     """The matrix called `name` in a layer; ValueError with the names there are."""
     found = {key: module for key, module in layer.named_modules() if isinstance(module, Linear)}
     if name not in found:

@@ -31,13 +31,19 @@ class Inject(Layer):
             "block": "sa sf",
             "into": "m",
             "recipes": {
-                "sa": {"type": "attention", "n_heads": 4, "head_dim": 16, "share": {"copies": 2}},
+                "sa": {
+                    "type": "attention",
+                    "n_heads": 4,
+                    "head_dim": 16,
+                    "share": {"copies": 2},
+                    "per_call": {"lora": {"rank": 2, "on": ["q_proj", "v_proj"]}},
+                },
                 "sf": {
                     "type": "mlp",
                     "d_ff": 40,
                     "act": "gelu",
-                    "share": {"copies": 2},
-                    "per_call": {"lora": {"rank": 3, "on": ["gate_proj", "up_proj"]}, "out_proj": True},
+                    "share": {"copies": 2, "norms": True},
+                    "per_call": {"lora": {"rank": 3, "on": ["gate_proj+up_proj"]}, "out_proj": True},
                 },
                 "m": {"type": "mamba2", "d_state": 8, "head_dim": 16, "chunk": 8},
             },

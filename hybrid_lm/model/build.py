@@ -67,7 +67,9 @@ class Builder:
         count = self.calls[name] = self.calls.get(name, -1) + 1
         copies = self.shared.setdefault(name, [])
         if len(copies) < recipe.copies and count == len(copies):
-            copies.append(self.layer(name, d_in))
+            core = self.layer(name, d_in)
+            block = recipe.residual.apply(self.config.block)
+            copies.append(Branch(core, block) if recipe.shares_norms else core)
         core = copies[count % recipe.copies]
         if core.d_in != d_in:
             raise ValueError(

@@ -3,6 +3,8 @@ formula."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -129,9 +131,69 @@ def test_per_call_parts_are_low_rank_additions_and_a_projection():
         torch.testing.assert_close(call(x, None, CTX)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_one_addition_for_several_matrices():
+    """Zamba2's adapter: rows of one B, as if the matrices were one."""
+    model = zamba(lora={"rank": 2, "on": ["gate_proj+up_proj"]})
+    call, x = model.layers[0].layer, torch.randn(2, 5, 8)
+    lora, core = call.lora["gate_proj_up_proj"], call.core
+    assert {name: x.shape for name, x in call.lora.named_parameters()} == {
+        "gate_proj_up_proj.A": (2, 8),
+        "gate_proj_up_proj.B": (32, 2),
+    }
+    with torch.no_grad():
+        torch.nn.init.normal_(lora.B)
+        fused = x @ torch.cat([core.gate_proj.weight, core.up_proj.weight]).T + (x @ lora.A.T) @ lora.B.T
+        gate, up = fused.chunk(2, -1)
+        expected = core.down_proj(torch.nn.functional.silu(gate) * up, CTX)
+        # float32 sums of tens of terms in two orders.
+        torch.testing.assert_close(call(x, None, CTX)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_norms_are_shared_with_the_layer(placement):
+    layers = {
+        "s": {"type": "mlp", "d_ff": 12, "share": {"copies": 2, "norms": True}},
+        "m": {"type": "mlp", "d_ff": 12},
+    }
+    config = {"d_model": 8, "vocab_size": 11, "block": {"placement": placement}, "layers": layers}
+    model = build_model(ModelConfig.model_validate({**config, "pattern": "s m s s"})).double()
+    kinds = {"pre": ["pre"], "post": ["post"], "sandwich": ["pre", "post"]}[placement]
+    assert sorted(name for name in model.state_dict() if "norm" in name) == sorted(
+        [f"{at}.{kind}_norm.weight" for at in ("shared.s.0", "shared.s.1", "layers.1") for kind in kinds]
+        + ["final_norm.weight"]
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+
+    def normed(v, norm):
+        return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-5) * norm.weight
+
+    for i, copy in ((0, 0), (2, 1), (3, 0)):
+        branch = model.shared["s"][copy]
+        y = branch.layer(normed(x, branch.pre_norm) if "pre" in kinds else x, None, CTX)[0]
+        y = normed(y, branch.post_norm) if "post" in kinds else y
+        torch.testing.assert_close(model.layers[i](x, None, CTX)[0], x + y, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="cannot share the norm"):
+        build_model(ModelConfig.model_validate({**config, "pattern": "s+m"}))
+
+
 @pytest.mark.parametrize(
     ("layers", "pattern", "message"),
     [
+        (
+            {
+                "s": {
+                    "type": "mlp",
+                    "d_ff": 16,
+                    "share": True,
+                    "per_call": {"lora": {"rank": 1, "on": ["up_proj+down_proj"]}},
+                }
+            },
+            "s",
+            "up_proj+down_proj: one addition reads one width, not [8, 16]",
+        ),
         (
             {"s": {"type": "mlp", "per_call": {"out_proj": True}}},
             "s",
@@ -150,7 +212,7 @@ def test_per_call_parts_are_low_rank_additions_and_a_projection():
     ],
 )
 def test_impossible_compositions_say_why(layers, pattern, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         build_model(
             ModelConfig.model_validate({"d_model": 8, "vocab_size": 11, "pattern": pattern, "layers": layers})
         )
