@@ -35,6 +35,8 @@ class Module(nn.Module):
     """
 
     specs: dict[str, Spec]
+    used: float = 1.0
+    """Share of the elements of its matrices that one token is multiplied by."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +68,38 @@ class Module(nn.Module):
         return self
 
 
+class Term(NamedTuple):
+    """A loss beside that of the next token: training minimises `factor * value`."""
+
+    name: str
+    value: Tensor
+    """() float, a mean over the tokens of the call that are no padding."""
+    factor: float
+
+
+class Load(NamedTuple):
+    """How many tokens of a call chose each expert of a mixture, and what is learned from that."""
+
+    counts: Tensor
+    """(e) float, without padding."""
+    correction: nn.Parameter | None
+    """(e): added to the scores when experts are chosen."""
+    rate: float
+    """Change of the correction per optimizer step; 0: it is left alone."""
+
+
+class Auxiliary(NamedTuple):
+    """What layers hand to training besides their outputs, one entry per call of a layer."""
+
+    terms: list[Term]
+    loads: list[Load]
+
+    @property
+    def objective(self) -> Tensor | float:
+        """The sum of the terms with their factors, to be added to the mean loss per token."""
+        return sum((term.factor * term.value for term in self.terms), 0.0)
+
+
 @dataclass
 class Context:
     """What all layers of one call share. Shapes: (b t), and (b t d) for the embeddings."""
@@ -81,6 +115,8 @@ class Context:
     """The embedded tokens, for layers that read them again (Zamba)."""
     backends: Mapping[str, str] = field(default_factory=dict)
     """The backend of each op, chosen when the model was built."""
+    auxiliary: Auxiliary | None = None
+    """Where layers put their own losses and measurements; None: nobody asks for them."""
     made: dict[str, Any] = field(default_factory=dict)
     """What a layer has worked out and others of the call can use again: see `once`."""
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from hybrid_lm.config.pattern import expand
-from hybrid_lm.layers.base import Layer
+from hybrid_lm.layers.base import Layer, Module
 from hybrid_lm.layers.block import Shared
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import POLICY, entries
@@ -39,10 +39,16 @@ def count(module: nn.Module) -> int:
 
 
 def matrix_elements(layer: nn.Module) -> int:
-    """Elements of the matrices that a call of the layer multiplies by, shared ones included, at each
-    occurrence."""
+    """Elements of the matrices that a token is multiplied by, shared ones included, at each occurrence; of
+    experts, its own."""
     shared = [part.core for part in layer.modules() if isinstance(part, Shared)]
-    own = sum(e.parameter.numel() for e in entries(layer) if e.spec.kind in ("matrix", "output"))
+    own = sum(
+        round(part.used * getattr(part, name).numel())
+        for part in layer.modules()
+        if isinstance(part, Module)
+        for name, spec in part.specs.items()
+        if spec.kind in ("matrix", "output")
+    )
     return own + sum(matrix_elements(core) for core in shared)
 
 

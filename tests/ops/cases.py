@@ -230,6 +230,17 @@ def linear(rows: int = 3, d: int = 19, out: int = 7, *, bias: bool = True) -> Ca
     return Case(name, ops.linear, make, chain=16 + d)
 
 
+def grouped(*sizes: int, d: int = 5, out: int = 7, bias: bool = True) -> Case:
+    def make(g: torch.Generator) -> Inputs:
+        inputs: Inputs = {"x": randn(g, sum(sizes), d), "weight": randn(g, len(sizes), out, d)}
+        inputs["ends"] = torch.tensor(sizes).cumsum(0)
+        return inputs | ({"bias": randn(g, len(sizes), out)} if bias else {})
+
+    name = name_of("grouped", {"d": d, "o": out}, "_".join(map(str, sizes)), *("bare",) * (not bias))
+    # over the inputs, and for a weight's gradient over the rows
+    return Case(name, ops.grouped_linear, make, chain=16 + max(d, *sizes))
+
+
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Leaves of the given type that want gradients, and everything else as it is."""
 

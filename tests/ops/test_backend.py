@@ -15,6 +15,7 @@ NAMES = (
     "causal_conv1d",
     "delta_rule",
     "gated_rms_norm",
+    "grouped_linear",
     "linear",
     "linear_cross_entropy",
     "linear_recurrence",

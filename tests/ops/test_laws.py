@@ -15,6 +15,7 @@ from tests.ops.cases import (
     conv,
     delta_rule,
     error,
+    grouped,
     linear,
     loss,
     lru,
@@ -71,6 +72,7 @@ POINTWISE = [
     *(norm(gate=True, order=o, groups=k) for o in ("gate_norm", "norm_gate", "gate") for k in (1, 2)),
     norm(gate=True, weight=False, groups=4),
     *(linear(rows, bias=bias) for rows in (1, 9) for bias in (True, False)),
+    *(grouped(*sizes, bias=bias) for sizes in ((3,), (0, 4, 1, 0, 5), (2, 2, 0)) for bias in (True, False)),
 ]
 CASES = RECURRENT + POINTWISE
 # One plain and one full case of each op, where a law costs seconds.
@@ -79,7 +81,7 @@ FEW = [
     attention(6, 6), attention(6, 6, docs=True, sinks=True),
     attention(5, 7, window=3, softcap=3.0, slopes=True),
     loss(bias=True, z_loss=0.01, label_smoothing=0.1, softcap=4.0, scale=0.5),
-    norm(), norm(gate=True, groups=2), linear(),
+    norm(), norm(gate=True, groups=2), linear(), grouped(2, 0, 3),
 ]  # fmt: skip
 
 
