@@ -18,6 +18,8 @@ from hybrid_lm.registry import table
 def dump_yaml(config: RunConfig) -> str:
     """The configuration as YAML, with its defaults; `load_config` of it is equal to `config`."""
     data = config.model_dump()
+    if data["init_from"] is None:
+        del data["init_from"]
     for recipe in data["model"]["layers"].values():
         recipe["residual"] = {key: value for key, value in recipe["residual"].items() if value is not None}
         for key in ("share", "per_call", "residual"):
@@ -48,21 +50,24 @@ _Dumper.add_representer(tuple, pyyaml.SafeDumper.represent_list)
 
 
 def architecture_hash(config: RunConfig | ModelConfig) -> str:
-    """SHA-256 (hex) of what `architecture` says: equal for configurations that are the same model in other
-    words."""
+    """SHA-256 (hex) of what `architecture` says without the defaults: equal for configurations that are the
+    same model in other words, and not changed by an option that is new and not used."""
     model = config.model if isinstance(config, RunConfig) else config
-    return hashlib.sha256(json.dumps(architecture(model), sort_keys=True).encode()).hexdigest()
+    said = architecture(model, defaults=False)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def architecture(model: ModelConfig) -> dict[str, Any]:
+def architecture(model: ModelConfig, *, defaults: bool = True) -> dict[str, Any]:
     """The expanded layers with all their options, and the fields of the model around them.
 
     The names of recipes, the spelling of the pattern, unused recipes and the starting values (`model.init`)
     are not part of it; which occurrences share weights is. Options are compared as they are set: `n_kv_heads:
-    null` and the number that it stands for are two things.
+    null` and the number that it stands for are two things. defaults: with the options that are as they are by
+    default.
     """
-    around = model.model_dump(include={"d_model", "vocab_size", "block", "embedding", "head", "final_norm"})
-    described = _Describer(model)
+    parts = {"d_model", "vocab_size", "block", "embedding", "head", "final_norm"}
+    around = model.model_dump(include=parts, exclude_defaults=not defaults)
+    described = _Describer(model, defaults)
     layers = [described.item(item) for item in expand(model.pattern, list(model.layers), model.depth)]
     return {**around, "layers": layers}
 
@@ -71,8 +76,8 @@ class _Describer:
     """Recipes as plain data without their names; shared ones are numbered in the order in which they
     occur."""
 
-    def __init__(self, model: ModelConfig):
-        self.model = model
+    def __init__(self, model: ModelConfig, defaults: bool):
+        self.model, self.shown = model, {"exclude_defaults": not defaults}
         self.shared: dict[str, int] = {}
 
     def item(self, item: str) -> list[dict[str, Any]]:
@@ -83,8 +88,8 @@ class _Describer:
         options = table("layer")[recipe.type].Options.model_validate(dict(recipe.options))
         described = {
             "type": recipe.type,
-            "residual": recipe.residual.apply(self.model.block).model_dump(),
-            "options": options.model_dump(),
+            "residual": recipe.residual.apply(self.model.block).model_dump(**self.shown),
+            "options": options.model_dump(**self.shown),
         }
         if recipe.copies:
             described["shared"] = self.shared.setdefault(name, len(self.shared))

@@ -19,7 +19,7 @@ from hybrid_lm.files import new_folder, replace_text
 from hybrid_lm.hf.bundle import CONFIGURATION, MODELING, bundle
 from hybrid_lm.hf.card import model_card
 from hybrid_lm.hf.fields import ConversionError
-from hybrid_lm.hf.importing import Folder, family_of, local_folder, read_model
+from hybrid_lm.hf.importing import Folder, family_of, local_folder, published, read_model
 from hybrid_lm.hf.native import Target, choose, native_config, native_model
 from hybrid_lm.hf.native import save as save_native
 from hybrid_lm.hf.origin import GENERATION, origin
@@ -157,7 +157,7 @@ def from_hf(
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConversionError(f"{place}: not a model folder or hub name that loads: {reason}") from error
     if check:
-        told(verify(folder, model, native=True, cached=not family.cached_differs(fields)))
+        told(verify(folder, model, native=family.tolerance, cached=not family.cached_differs(fields)))
     return model
 
 
@@ -190,9 +190,9 @@ def from_object(theirs: Any, check: bool) -> HybridLM:
         return made
     family = family_of(kind, type(theirs).__name__)
     fields = theirs.config.to_dict()
-    model = read_model(family, fields, theirs.state_dict())
+    model = read_model(family, fields, published(theirs))
     if check:
-        verify_object(theirs, model, cached=not family.cached_differs(fields))
+        verify_object(theirs, model, native=family.tolerance, cached=not family.cached_differs(fields))
     return model
 
 
@@ -258,9 +258,10 @@ def export(
             name = target.family.class_name if target.family else None
             card = model_card(model, out.resolve().name, tokenizer, name)
             (folder / "README.md").write_text(card, encoding="utf-8")
-        how = {}
+        how: dict[str, Any] = {}
         if target.family is not None:
-            how = {"native": True, "cached": not target.family.cached_differs(config.to_dict())}
+            cached = not target.family.cached_differs(config.to_dict())
+            how = {"native": target.family.tolerance, "cached": cached}
         record = {
             "hybrid_lm": hybrid_lm.__version__,
             "format": f"native:{target.family.name}" if target.family else "remote",

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any
 
 from hybrid_lm.config.dump import architecture
 from hybrid_lm.config.pattern import canon
 from hybrid_lm.config.schema import ModelConfig
-from hybrid_lm.hf.fields import ConversionError, Fields, Options, Rule, shown, without_nulls
-from hybrid_lm.hf.weights import Row, unrolled
+from hybrid_lm.hf.fields import (
+    Absent,
+    Block,
+    ConversionError,
+    Fields,
+    Item,
+    Layout,
+    Options,
+    Rule,
+    of_layer,
+    shown,
+    without_nulls,
+)
+from hybrid_lm.hf.weights import Placed, Row, unrolled
 from hybrid_lm.registry import table
 
 COMMON = frozenset(
@@ -47,8 +60,23 @@ TRAINING = frozenset(["A_range", "chunk", "dropout", "dt_floor", "dt_max", "dt_m
 """Options that say how a model starts, trains or is cut into pieces: two models that differ in these only
 compute the same. `expand` is here because `d_inner` says it."""
 
-LETTERS = {"attention": "a", "mlp": "f", "mamba": "m", "mamba2": "m"}
+LETTERS = {
+    "attention": "a",
+    "gated_deltanet": "g",
+    "inject": "z",
+    "mamba": "m",
+    "mamba2": "m",
+    "mla": "a",
+    "mlp": "f",
+    "moe": "e",
+    "rg_lru": "r",
+    "short_conv": "c",
+}
 """Names of the recipes of an imported model; attention with a window is `w`."""
+
+TOLERANCE = 2e-5
+"""Largest difference of logits against a class of transformers in float32, at logits of about 1: classes that
+are right are within 1.2e-5 of themselves in float64, on small random models."""
 
 
 @dataclass(frozen=True)
@@ -59,32 +87,35 @@ class Family:
     """`model_type`."""
     class_name: str
     """The class for causal language modelling."""
-    block: tuple[str, ...]
-    """The types of our residual layers that one of their layers is."""
+    layout: Layout
+    """Which residual layers of ours each of their layers is."""
     rules: tuple[Rule, ...]
     """Their fields and our options."""
     rows: tuple[Row, ...]
     """Their keys and our parameters, in the layout on disk."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Options that are always so, where our default is something else."""
-    depth: str = "num_hidden_layers"
-    """The field with the number of layers."""
     ignored: frozenset[str] = frozenset()
     """Fields that do not change what the model computes."""
     prefix: str = ""
     """What old checkpoints leave out at the start of every key but the head's."""
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Endings of keys that old checkpoints have and that are no parameters."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Key in memory -> key on disk, where they differ."""
     cached_differs: Callable[[Fields], bool] = lambda fields: False
     """Whether their decoding with a cache is known to differ from their own forward pass."""
+    tolerance: float = TOLERANCE
+    """Largest difference of logits that their own roundings explain."""
 
     @property
     def known(self) -> frozenset[str]:
         """Every field that has a meaning here, or none."""
         ruled = (name for rule in self.rules for name in rule.theirs)
-        return frozenset({self.depth, *self.ignored, *COMMON, *ruled})
+        return frozenset({*self.layout.theirs, *self.ignored, *COMMON, *ruled})
+
+    @property
+    def head(self) -> str:
+        """Their key of the output matrix."""
+        return next(entry.theirs[0] for entry in self.rows if entry.ours == ("lm_head.weight",))
 
     def read(self, fields: Fields) -> ModelConfig:
         """The architecture that their configuration describes.
@@ -96,45 +127,58 @@ class Family:
             silent = value is None or (name in FALSE and value is False)
             if name not in known and not silent:
                 raise ConversionError(f"{self.name}: unknown field {name} = {value!r}")
-        ours = Options({}, [{} for _ in range(fields[self.depth])])
         try:
+            blocks = self.layout.read(fields)
+            ours = Options({}, [{} for _ in blocks], blocks)
             for path, value in self.fixed.items():
                 ours[path] = value
             for rule in self.rules:
-                rule.read(fields, ours)
+                # What no layer has needs no option.
+                with suppress(Absent):
+                    rule.read(fields, ours)
         except ConversionError as error:
             raise ConversionError(f"{self.name}: {error}") from None
-        return config_of(ours, self.block)
+        return config_of(ours)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Their configuration of an architecture. Raises ConversionError saying the first thing in which it
         is not one of this family."""
         try:
-            ours = describe(config, self.block)
+            ours = self.describe(config)
             for reason in self.unfixed(ours):
                 raise ConversionError(reason)
-            fields: dict[str, Any] = {self.depth: len(ours.layers)}
+            fields: dict[str, Any] = {}
+            self.layout.write(ours.blocks, fields)
             for rule in self.rules:
-                rule.write(ours, fields)
+                # What no layer has is left to their default.
+                with suppress(Absent):
+                    rule.write(ours, fields)
             # The table decides by being run both ways: what it cannot say has become something else.
-            theirs = describe(self.read(filled(self, fields)), self.block)
+            theirs = self.describe(self.read(filled(self, fields)))
         except ConversionError as error:
             reason = str(error).removeprefix(f"{self.name}: ")
             raise ConversionError(f"not {self.name}: {reason}") from None
-        for reason in differences(ours, theirs, self.block):
+        for reason in differences(ours, theirs):
             raise ConversionError(f"not {self.name}: {reason}")
         return fields
+
+    def describe(self, config: ModelConfig) -> Options:
+        """An architecture in the terms of this family's tables. Raises ConversionError if its layers are not
+        such as this family has."""
+        return describe(config, self.layout.blocks)
 
     def unfixed(self, ours: Options) -> Iterator[str]:
         """Options that are not as they always are in this family."""
         for path, value in self.fixed.items():
             # Where the norms are is told layer by layer.
-            if path != "block.placement" and ours[path] != value:
+            if path == "block.placement" or (of_layer(path) and not any(path in o for o in ours.layers)):
+                continue
+            if ours[path] != value:
                 yield f"{path} is {shown(ours[path])}, it has {shown(value)}"
 
-    def unrolled(self, config: ModelConfig, names: Sequence[str]) -> list[Row]:
+    def unrolled(self, config: ModelConfig, names: Sequence[str]) -> list[Placed]:
         """Every tensor of a model of this family, with full keys and names."""
-        return unrolled(self.rows, self.block, len(describe(config, self.block).layers), names)
+        return unrolled(self.rows, self.describe(config), names)
 
 
 def filled(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,30 +192,58 @@ def filled(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
         raise ConversionError(str(error).strip().splitlines()[-1].strip()) from error
 
 
-def describe(config: ModelConfig, block: Sequence[str]) -> Options:
-    """A configuration as options of layers that are made of `block`.
+def describe(config: ModelConfig, alphabet: Sequence[Block]) -> Options:
+    """A configuration as options of layers that are made of the blocks of `alphabet`.
 
     Raises ConversionError if the layers are not such blocks, or share weights.
     """
     expanded = architecture(config)
-    items, n = expanded.pop("layers"), len(block)
+    items = expanded.pop("layers")
+    orders = {i: tuple(part["type"] for part in item) for i, item in enumerate(items)}
+    kinds = [tuple(sorted(order)) for order in orders.values()]
+    blocks = blocks_of(kinds, alphabet)
     for i, item in enumerate(items):
-        kind = "+".join(part["type"] for part in item)
-        if kind != block[i % n]:
-            raise ConversionError(f"layer {i} is {kind}, it has {block[i % n]} there")
-        if "shared" in item[0]:
+        if any("shared" in part for part in item):
             raise ConversionError(f"layer {i} shares its weights")
-    if len(items) % n:
-        raise ConversionError(f"{len(items)} layers are no whole number of blocks of {' '.join(block)}")
-    layers = []
-    for start in range(0, len(items), n):
+    layers, rest = [], iter(items)
+    for block in blocks:
         layer: dict[str, Any] = {}
-        for (part,) in items[start : start + n]:
-            kind, options = part["type"], resolved(part["type"], part["options"], config.d_model)
-            layer |= {f"{kind}.{key}": value for key, value in options.items()}
+        for part in (part for _ in block for part in next(rest)):
+            kind, options = part["type"], table("layer")[part["type"]].Options
+            resolved = options.model_validate(part["options"]).resolved(config.d_model)
+            layer |= {f"{kind}.{key}": value for key, value in resolved.items()}
             layer |= {f"{kind}.residual.{key}": value for key, value in part["residual"].items()}
         layers.append(layer)
-    return Options(dict(flat(expanded)), layers)
+    return Options(dict(flat(expanded)), layers, blocks, orders)
+
+
+def blocks_of(kinds: Sequence[Item], alphabet: Sequence[Block]) -> list[Block]:
+    """Residual layers of these types, taken together as blocks. Raises ConversionError naming the first that
+    is in none."""
+    found: list[Block] = []
+    at = 0
+    while at < len(kinds):
+        agree = {b: next((k for k, item in enumerate(b) if kinds[at + k : at + k + 1] != [item]), len(b))
+                 for b in alphabet}  # fmt: skip
+        whole = [b for b in alphabet if agree[b] == len(b)]
+        if whole:
+            found.append(max(whole, key=len))
+            at += len(found[-1])
+            continue
+        far = max(agree.values())
+        if at + far == len(kinds):
+            names = " or ".join(" ".join(told(item) for item in b) for b in alphabet)
+            raise ConversionError(f"{len(kinds)} layers are no whole number of blocks of {names}")
+        wanted = dict.fromkeys(told(b[far]) for b in alphabet if agree[b] == far)
+        raise ConversionError(
+            f"layer {at + far} is {told(kinds[at + far])}, it has {' or '.join(wanted)} there"
+        )
+    return found
+
+
+def told(item: Item) -> str:
+    """The types of a residual layer as one writes them."""
+    return "+".join(item)
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -183,29 +255,19 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def resolved(kind: str, options: Mapping[str, Any], d_in: int) -> dict[str, Any]:
-    """A layer's options with the numbers that nulls stand for, and defaults for those without effect."""
-    o, default = dict(options), table("layer")[kind].Options().model_dump()
-    quiet: list[str] = []
-    if kind == "attention":
-        o["n_kv_heads"] = o["n_kv_heads"] or o["n_heads"]
-        o["head_dim"] = o["head_dim"] or d_in // o["n_heads"]
-        if o["scale"] is not None and math.isclose(o["scale"], o["head_dim"] ** -0.5, rel_tol=1e-12):
-            o["scale"] = None
-        quiet = ["qk_norm_eps", "qk_norm_unit_offset"] if o["qk_norm"] == "none" else []
-    elif kind == "mlp":
-        o["d_ff"] = o["d_ff"] or (-(-8 * d_in // 24) * 8 if o["gated"] else 4 * d_in)
-    elif kind == "mamba":
-        o["d_inner"] = o["d_inner"] or round(o["expand"] * d_in)
-        o["dt_rank"] = o["dt_rank"] or math.ceil(d_in / 16)
-        quiet = ["inner_norm_eps"] if o["inner_norm"] == "none" else []
-    elif kind == "mamba2":
-        o["d_inner"] = o["d_inner"] or round(o["expand"] * d_in)
-        quiet = ["norm_eps"] if o["norm"] == "gate" else []
-    return o | {key: default[key] for key in quiet}
+def nested(paths: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    data: dict[str, Any] = {}
+    for path, value in paths:
+        place = data
+        *sections, key = path.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return data
 
 
-def differences(ours: Options, theirs: Options, block: Sequence[str]) -> Iterator[str]:
+def differences(ours: Options, theirs: Options) -> Iterator[str]:
     """What of two descriptions is not the same function, option by option."""
     for path, value in ours.model.items():
         # How the residual stream is joined is each layer's; here is only the final norm's part.
@@ -217,11 +279,16 @@ def differences(ours: Options, theirs: Options, block: Sequence[str]) -> Iterato
             continue
         if not alike(path, value, theirs.model[path]):
             yield f"{path} is {shown(value)}, it has {shown(theirs.model[path])}"
+    for i, (one, other) in enumerate(zip(ours.blocks, theirs.blocks, strict=True)):
+        if one != other:
+            names = (" ".join(told(item) for item in block) for block in (one, other))
+            yield "block {} is {}, it has {}".format(i, *names)
+            return
     for i, (one, other) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
         for path, value in one.items():
             if not alike(path, value, other[path]):
                 kind, _, option = path.partition(".")
-                at = i * len(block) + block.index(kind)
+                at, _ = ours.place(i, kind) or (i, None)
                 yield f"layer {at} has {option} {shown(value)}, it has {shown(other[path])}"
 
 
@@ -242,25 +309,34 @@ def same_rope(one: Any, other: Any) -> bool:
     return one == other
 
 
-def config_of(ours: Options, block: Sequence[str]) -> ModelConfig:
+def config_of(ours: Options) -> ModelConfig:
     """The `model` section that options describe: equal layers get one recipe."""
-    data: dict[str, Any] = {}
-    for path, value in ours.model.items():
-        place = data
-        *sections, key = path.split(".")
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
     recipes: dict[str, dict[str, Any]] = {}
     items: list[str] = []
-    for layer in ours.layers:
-        for kind in block:
-            start = f"{kind}."
-            options = {
-                path.removeprefix(start): value for path, value in layer.items() if path.startswith(start)
-            }
-            name = "w" if options.get("window") else LETTERS[kind]
-            recipe = recipes.setdefault(name, {"type": kind, **options})
-            assert recipe == {"type": kind, **options}, f"two sorts of {name}"
-            items.append(name)
-    return ModelConfig.model_validate({**data, "pattern": canon(items), "layers": recipes})
+    for i, block in enumerate(ours.blocks):
+        for item in block:
+            names = []
+            for kind in item:
+                start = f"{kind}."
+                own = ((k.removeprefix(start), v) for k, v in ours.layers[i].items() if k.startswith(start))
+                names.append(recipe_name(recipes, kind, {"type": kind, **residual_nested(own)}))
+            items.append("+".join(names))
+    layers = {"pattern": canon(items), "layers": recipes}
+    return ModelConfig.model_validate({**nested(ours.model.items()), **layers})
+
+
+def residual_nested(options: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A layer's options, with those of its residual in a section."""
+    flat_ones = dict(options)
+    residual = {key for key in flat_ones if key.startswith("residual.")}
+    kept = {key: value for key, value in flat_ones.items() if key not in residual}
+    return {**kept, **nested((key, flat_ones[key]) for key in residual)}
+
+
+def recipe_name(recipes: dict[str, dict[str, Any]], kind: str, recipe: dict[str, Any]) -> str:
+    """The name of a recipe, entered under a new one if there is none like it yet."""
+    letter = "w" if recipe.get("window") else LETTERS[kind]
+    for name in chain((letter, letter.upper()), (f"{letter}_{n}" for n in count(2))):
+        if recipes.setdefault(name, recipe) == recipe:
+            return name
+    raise AssertionError

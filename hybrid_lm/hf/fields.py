@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,25 +20,64 @@ class ConversionError(ValueError):
     """A model or a folder that cannot be converted; nothing was left behind."""
 
 
+Item = tuple[str, ...]
+"""The types of a residual layer of ours: one, or several beside each other, in alphabetical order."""
+
+Block = tuple[Item, ...]
+"""The residual layers of ours that one layer of theirs is."""
+
+
+class Absent(KeyError):
+    """An option of a type of layer of which there is none."""
+
+
 @dataclass
 class Options:
     """An architecture as flat options, `block.eps` of the model and `attention.n_heads` of its layers.
 
-    Reading a layer's option takes the first layer's; setting it sets every layer's. What a table cannot say
-    of single layers is found when it is run both ways and the results are compared (see `family.Family`).
+    Reading a layer's option takes the first one's that has such a layer (Absent if none has); setting it
+    sets all of them. What a table cannot say of single layers is found when it is run both ways and the
+    results are compared (see `family.Family`).
     """
 
     model: dict[str, Any]
     """Path -> value of what the model has once."""
     layers: list[dict[str, Any]]
     """For each of *their* layers, path -> value; the path begins with the type of ours that it belongs to."""
+    blocks: list[Block]
+    """What each of their layers is here."""
+    orders: dict[int, Item] = dataclasses.field(default_factory=dict)
+    """Residual layer of ours -> its parallel types in the order that its pattern has them."""
 
     def __getitem__(self, path: str) -> Any:
-        return (self.layers[0] if of_layer(path) else self.model)[path]
+        kind = path.partition(".")[0]
+        if not of_layer(path):
+            return self.model[path]
+        for _, layer in self.each(kind):
+            return layer[path]
+        raise Absent(path)
 
     def __setitem__(self, path: str, value: Any) -> None:
-        for place in self.layers if of_layer(path) else [self.model]:
+        kind = path.partition(".")[0]
+        for place in [layer for _, layer in self.each(kind)] if of_layer(path) else [self.model]:
             place[path] = value
+
+    def each(self, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The number and the options of each of their layers that has a layer of ours of this type."""
+        for i, block in enumerate(self.blocks):
+            if any(kind in item for item in block):
+                yield i, self.layers[i]
+
+    def place(self, i: int, kind: str) -> tuple[int, int | None] | None:
+        """Where in our layers the one of this type of their layer `i` is: its index, and if it is parallel
+        to others, which of them; None if there is none."""
+        if i >= len(self.blocks):
+            return None
+        for offset, item in enumerate(self.blocks[i]):
+            if kind in item:
+                at = sum(len(block) for block in self.blocks[:i]) + offset
+                return at, self.orders.get(at, item).index(kind) if len(item) > 1 else None
+        return None
 
 
 def of_layer(path: str) -> bool:
@@ -56,6 +97,68 @@ class Rule:
     def write(self, ours: Options, fields: dict[str, Any]) -> None:
         """Our options -> their fields. Raises ConversionError naming an option that they do not have."""
         raise NotImplementedError
+
+
+class Layout:
+    """Which layers of ours each of their layers is, and how deep the model is."""
+
+    blocks: tuple[Block, ...] = ()
+    """All that one of their layers can be."""
+    theirs: tuple[str, ...] = ()
+    """Their fields that say it."""
+
+    def read(self, fields: Fields) -> list[Block]:
+        """What each of their layers is. Raises ConversionError naming a field with a value we do not have."""
+        raise NotImplementedError
+
+    def write(self, blocks: Sequence[Block], fields: dict[str, Any]) -> None:
+        """Their fields for such layers. Raises ConversionError if they cannot say it."""
+        raise NotImplementedError
+
+
+def block(text: str) -> Block:
+    """`"attention+mamba2 mlp"` as a block."""
+    return tuple(tuple(sorted(item.split("+"))) for item in text.split())
+
+
+class Uniform(Layout):
+    """Every layer is the same."""
+
+    def __init__(self, each: str, depth: str = "num_hidden_layers"):
+        self.blocks, self.theirs = (block(each),), (depth,)
+
+    def read(self, fields: Fields) -> list[Block]:
+        return [self.blocks[0]] * fields[self.theirs[0]]
+
+    def write(self, blocks: Sequence[Block], fields: dict[str, Any]) -> None:
+        fields[self.theirs[0]] = len(blocks)
+
+
+class Listed(Layout):
+    """A field that names each layer. The first of several names for one block is written.
+
+    depth: the field with their number, if it is written too.
+    """
+
+    def __init__(self, field: str, values: Mapping[str, str], depth: str | None = "num_hidden_layers"):
+        self.values = {name: block(text) for name, text in values.items()}
+        self.blocks = tuple(dict.fromkeys(self.values.values()))
+        self.depth, self.theirs = depth, (field, "num_hidden_layers" if depth is None else depth)
+
+    def read(self, fields: Fields) -> list[Block]:
+        name, names = self.theirs[0], list(fields[self.theirs[0]])
+        for kind in names:
+            if kind not in self.values:
+                raise ConversionError(f"{name}: {kind!r}: only {listed(self.values)}")
+        if self.depth is not None and len(names) != fields[self.depth]:
+            raise ConversionError(f"{name} has {len(names)} entries for {fields[self.depth]} layers")
+        return [self.values[kind] for kind in names]
+
+    def write(self, blocks: Sequence[Block], fields: dict[str, Any]) -> None:
+        kinds = {what: name for name, what in reversed(self.values.items())}
+        fields[self.theirs[0]] = [kinds[what] for what in blocks]
+        if self.depth is not None:
+            fields[self.depth] = len(blocks)
 
 
 class Same(Rule):
@@ -154,8 +257,8 @@ class Rope(Rule):
     # dynamic and longrope: transformers reads a long prompt otherwise than it decodes one (see `ops.rope`).
     rules = ("linear", "yarn", "llama3")
 
-    def __init__(self, partial: bool = False):
-        self.partial = partial
+    def __init__(self, partial: bool = False, interleaved: bool = False):
+        self.partial, self.interleaved = partial, interleaved
 
     def read(self, fields: Fields, ours: Options) -> None:
         given = dict(fields["rope_parameters"] or {})
@@ -182,7 +285,7 @@ class Rope(Rule):
         ours["attention.rope"] = {
             "theta": theta,
             "fraction": fraction,
-            "interleaved": False,
+            "interleaved": self.interleaved,
             "scaling": scaling,
             "max_positions": fields["max_position_embeddings"],
         }
@@ -210,13 +313,13 @@ class WindowsByLayer(Rule):
         window, kinds = fields.get("sliding_window"), fields["layer_types"]
         if len(kinds) != len(ours.layers):
             raise ConversionError(f"layer_types has {len(kinds)} entries for {len(ours.layers)} layers")
-        for kind, layer in zip(kinds, ours.layers, strict=True):
-            if kind not in ("full_attention", "sliding_attention"):
-                raise ConversionError(f"layer_types: {kind!r}: only full_attention, sliding_attention")
-            layer["attention.window"] = window if kind == "sliding_attention" else None
+        for i, layer in ours.each("attention"):
+            if kinds[i] not in ("full_attention", "sliding_attention"):
+                raise ConversionError(f"layer_types: {kinds[i]!r}: only full_attention, sliding_attention")
+            layer["attention.window"] = window if kinds[i] == "sliding_attention" else None
 
     def write(self, ours: Options, fields: dict[str, Any]) -> None:
-        windows = [layer["attention.window"] for layer in ours.layers]
+        windows = [layer["attention.window"] for _, layer in ours.each("attention")]
         there = {window for window in windows if window is not None}
         if len(there) > 1:
             raise ConversionError(f"attention.window is {listed(sorted(there))}, it has one for all layers")
@@ -224,6 +327,65 @@ class WindowsByLayer(Rule):
         fields["sliding_window"] = next(iter(there), None)
         fields["max_window_layers"] = 0
         fields["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+
+
+class Either(Same):
+    """A field for an option of several types of layer, some of which a model may have none of."""
+
+    def write(self, ours: Options, fields: dict[str, Any]) -> None:
+        for path in self.ours:
+            with suppress(Absent):
+                fields[self.theirs[0]] = ours[path]
+                return
+        raise Absent(self.ours[0])
+
+
+class Inverse(Rule):
+    """A divisor there, a factor here."""
+
+    def __init__(self, theirs: str, ours: str):
+        self.theirs, self.ours = (theirs,), ours
+
+    def read(self, fields: Fields, ours: Options) -> None:
+        ours[self.ours] = 1.0 / fields[self.theirs[0]]
+
+    def write(self, ours: Options, fields: dict[str, Any]) -> None:
+        factor = ours[self.ours]
+        if not factor:
+            raise ConversionError(f"{self.ours} is 0, it divides by {self.theirs[0]}")
+        # Several divisors may have one inverse: the one that a person would write.
+        short = (float(f"{1.0 / factor:.{digits}g}") for digits in range(1, 17))
+        fields[self.theirs[0]] = next((x for x in short if 1.0 / x == factor), 1.0 / factor)
+
+
+class Agrees(Rule):
+    """A field that only old configurations have: it says again what others say, or is refused."""
+
+    def __init__(self, theirs: str, value: Callable[[Fields], Any]):
+        self.theirs, self.value = (theirs,), value
+
+    def read(self, fields: Fields, ours: Options) -> None:
+        given, meant = fields.get(self.theirs[0]), self.value(fields)
+        if given not in (None, meant):
+            raise ConversionError(f"{self.theirs[0]} = {given!r}: the class has {meant!r}")
+
+    def write(self, ours: Options, fields: dict[str, Any]) -> None:
+        pass
+
+
+class Unused(Rule):
+    """Fields of a type of layer that a model has none of: the class wants values that it could be made
+    with."""
+
+    def __init__(self, kind: str, **values: Any):
+        self.kind, self.values = kind, values
+
+    def read(self, fields: Fields, ours: Options) -> None:
+        pass
+
+    def write(self, ours: Options, fields: dict[str, Any]) -> None:
+        if not any(ours.each(self.kind)):
+            fields |= self.values
 
 
 def without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:

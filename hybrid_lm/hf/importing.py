@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.family import Family
 from hybrid_lm.hf.fields import ConversionError
-from hybrid_lm.hf.weights import Row
-from hybrid_lm.layers.attention import Attention
+from hybrid_lm.hf.weights import Placed
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
@@ -119,20 +118,19 @@ def read_model(
     rows = family.unrolled(config, list(shapes))
     keys = keys_on_disk(family, rows, tensors, tied=config.embedding.tied)
     if dtype is None:
-        dtype = tensors[keys[rows[0].theirs]].dtype
+        dtype = tensors[keys[rows[0].theirs[0]]].dtype
     for entry in rows:
-        stored = tensors[keys[entry.theirs]]
+        stored = [tensors[keys[key]] for key in entry.theirs]
         wanted = [shapes[name] for name in entry.ours]
         try:
-            parts = entry.how.read(stored, wanted, heads_of(model))
+            parts = entry.how.read(stored, wanted, entry.options)
         except (RuntimeError, IndexError) as error:
-            raise ConversionError(
-                f"{entry.theirs}: {entry.how.name} of {tuple(stored.shape)}: {error}"
-            ) from error
+            there = tuple(stored[0].shape)
+            raise ConversionError(f"{entry.theirs[0]}: {entry.how.name} of {there}: {error}") from error
         for name, part, shape in zip(entry.ours, parts, wanted, strict=True):
             if part.shape != shape:
                 raise ConversionError(
-                    f"{entry.theirs} is {tuple(part.shape)}, its configuration says {tuple(shape)}"
+                    f"{entry.theirs[0]} is {tuple(part.shape)}, its configuration says {tuple(shape)}"
                 )
             place(model, name, part, torch.float32 if kinds[name] == "dynamics" else dtype)
     return model.eval()
@@ -145,26 +143,27 @@ def place(model: nn.Module, name: str, x: Tensor, dtype: torch.dtype) -> None:
     model.get_submodule(path)._parameters[last] = nn.Parameter(own)
 
 
-def heads_of(model: HybridLM) -> int:
-    """Heads of the attention layers; 1 if there are none."""
-    return next((part.n_heads for part in model.modules() if isinstance(part, Attention)), 1)
+def published(theirs: Any) -> dict[str, Tensor]:
+    """The weights of a model object under the keys that its class has on disk, where experts are apart."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(theirs, dict(theirs.state_dict()))
 
 
 def keys_on_disk(
-    family: Family, rows: Sequence[Row], tensors: Mapping[str, Tensor], *, tied: bool
+    family: Family, rows: Sequence[Placed], tensors: Mapping[str, Tensor], *, tied: bool
 ) -> dict[str, str]:
     """The row's key -> the key under which `tensors` has it.
 
     Raises ConversionError for the first key that is missing or that nothing here takes.
     """
-    wanted = {entry.theirs for entry in rows}
+    wanted = {key for entry in rows for key in entry.theirs}
     found = {}
     for key in tensors:
-        full = family.renamed.get(key, key)
-        full = full if full in wanted or full.startswith(family.prefix) else family.prefix + full
+        full = key if key in wanted or key.startswith(family.prefix) else family.prefix + key
         if full in wanted:
             found[full] = key
-        elif not key.endswith(family.buffers) and not (tied and key in (*family.renamed, "lm_head.weight")):
+        elif not key.endswith(family.buffers) and not (tied and key in (family.head, "lm_head.weight")):
             raise ConversionError(f"{family.name}: nothing here takes the weight {key}")
     for key in sorted(wanted - found.keys()):
         raise ConversionError(f"{family.name}: the weight {key} is missing")

@@ -14,7 +14,7 @@ from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.family import Family
 from hybrid_lm.hf.fields import ConversionError
-from hybrid_lm.hf.importing import INDEX, SINGLE, heads_of
+from hybrid_lm.hf.importing import INDEX, SINGLE
 from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.registry import unknown
@@ -63,7 +63,8 @@ def tensors_of(family: Family, model: HybridLM) -> Iterator[tuple[str, Tensor]]:
     """Their keys and tensors, one after another; tensors that are only renamed are the model's own."""
     own = {entry.name: entry.parameter.detach() for entry in entries(model)}
     for entry in family.unrolled(model.config, list(own)):
-        yield entry.theirs, entry.how.write([own[name] for name in entry.ours], heads_of(model))
+        written = entry.how.write([own[name] for name in entry.ours], entry.options)
+        yield from zip(entry.theirs, written, strict=True)
 
 
 def native_config(family: Family, fields: dict[str, Any], model: HybridLM, **more: Any) -> Any:
@@ -115,11 +116,13 @@ def cut(family: Family, model: HybridLM, limit: int) -> list[int]:
     sizes = {entry.name: entry.parameter.numel() * entry.parameter.element_size() for entry in entries(model)}
     counts, filled = [0], 0
     for entry in family.unrolled(model.config, list(sizes)):
-        size = sum(sizes[name] for name in entry.ours)
-        if counts[-1] and filled + size > limit:
-            counts, filled = [*counts, 0], 0
-        counts[-1] += 1
-        filled += size
+        # What comes from one row is of equal size but for the halves of a fused tensor, which it bounds.
+        size = sum(sizes[name] for name in entry.ours) // len(entry.theirs)
+        for _ in entry.theirs:
+            if counts[-1] and filled + size > limit:
+                counts, filled = [*counts, 0], 0
+            counts[-1] += 1
+            filled += size
     return counts
 
 

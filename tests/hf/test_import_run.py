@@ -24,7 +24,6 @@ def here(monkeypatch):
     """Folders are compared in this process: another one takes seconds to import transformers."""
 
     def verify(folder, model, **how):
-        how.pop("native", None)
         return verify_object(AutoModelForCausalLM.from_pretrained(folder), model, **how)
 
     monkeypatch.setattr(convert, "verify", verify)

@@ -16,6 +16,8 @@ FAMILIES = Registry(
         "mamba": "hybrid_lm.hf.families.mamba:FAMILY",
         "falcon_mamba": "hybrid_lm.hf.families.falcon_mamba:FAMILY",
         "mamba2": "hybrid_lm.hf.families.mamba2:FAMILY",
+        "bamba": "hybrid_lm.hf.families.bamba:FAMILY",
+        "falcon_h1": "hybrid_lm.hf.families.falcon_h1:FAMILY",
     },
 )
 """In the order in which an export looks for a class that fits."""
@@ -29,9 +31,9 @@ def families_table() -> str:
     ]
     for name in FAMILIES:
         family = FAMILIES[name]
-        fields = [
-            f"`{field}`" for field in (family.depth, *(f for rule in family.rules for f in rule.theirs))
-        ]
-        block = " ".join(f"`{kind}`" for kind in family.block)
+        ruled = (field for rule in family.rules for field in rule.theirs)
+        fields = [f"`{field}`" for field in dict.fromkeys((*family.layout.theirs, *ruled))]
+        blocks = (" ".join(f"`{'+'.join(item)}`" for item in block) for block in family.layout.blocks)
+        block = " or ".join(blocks)
         rows.append(f"| {name} | `{family.class_name}` | {block} | {', '.join(fields)} |")
     return "\n".join(rows)

@@ -2,12 +2,12 @@
 
 from hybrid_lm.hf.families.mamba import IGNORED, ROWS, RULES
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Same
+from hybrid_lm.hf.fields import Same, Uniform
 
 FAMILY = Family(
     name="falcon_mamba",
     class_name="FalconMambaForCausalLM",
-    block=("mamba",),
+    layout=Uniform("mamba"),
     rules=(*RULES, Same("mixer_rms_eps", "mamba.inner_norm_eps")),
     fixed={"mamba.inner_norm": "weightless"},
     ignored=IGNORED,

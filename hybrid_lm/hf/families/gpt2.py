@@ -2,7 +2,7 @@
 2019."""
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Choice, Derived, Must, Same
+from hybrid_lm.hf.fields import Choice, Derived, Must, Same, Uniform
 from hybrid_lm.hf.weights import FUSED, FUSED_TRANSPOSED, TRANSPOSED, Row, linear, row
 
 ACTS = {
@@ -23,8 +23,7 @@ def conv1d(theirs: str, ours: str) -> list[Row]:
 FAMILY = Family(
     name="gpt2",
     class_name="GPT2LMHeadModel",
-    block=("attention", "mlp"),
-    depth="n_layer",
+    layout=Uniform("attention mlp", depth="n_layer"),
     rules=(
         Same("vocab_size", "vocab_size"),
         Same("n_embd", "d_model"),

@@ -4,7 +4,7 @@ Attention and MLP beside each other (`use_parallel_residual`, Pythia) have a nor
 """
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Choice, Derived, Must, Rope, Same
+from hybrid_lm.hf.fields import Choice, Derived, Must, Rope, Same, Uniform
 from hybrid_lm.hf.weights import BY_HEAD, linear, row
 
 ACTS = {
@@ -19,7 +19,7 @@ QKV = ("attention:layer.q_proj", "attention:layer.k_proj", "attention:layer.v_pr
 FAMILY = Family(
     name="gpt_neox",
     class_name="GPTNeoXForCausalLM",
-    block=("attention", "mlp"),
+    layout=Uniform("attention mlp"),
     rules=(
         Same("vocab_size", "vocab_size"),
         Same("hidden_size", "d_model"),
@@ -57,5 +57,4 @@ FAMILY = Family(
         row("embed_out.weight", "lm_head.weight"),
     ),
     buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
-    renamed={"lm_head.weight": "embed_out.weight"},
 )

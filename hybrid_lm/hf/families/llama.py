@@ -2,7 +2,7 @@
 arXiv:2302.13971; the class is `LlamaForCausalLM` of transformers."""
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Choice, Fields, Must, Rope, Rule, Same
+from hybrid_lm.hf.fields import Choice, Fields, Must, Rope, Rule, Same, Uniform
 from hybrid_lm.hf.weights import linear, row
 
 ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
@@ -53,7 +53,7 @@ ROWS = (
 FAMILY = Family(
     name="llama",
     class_name="LlamaForCausalLM",
-    block=("attention", "mlp"),
+    layout=Uniform("attention mlp"),
     rules=(
         *SIZES,
         Same("head_dim", "attention.head_dim", default=head_dim),

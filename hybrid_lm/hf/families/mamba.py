@@ -1,7 +1,7 @@
 """Mamba: one selective state-space layer after the other. Gu & Dao 2023, arXiv:2312.00752."""
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Must, Rule, Same
+from hybrid_lm.hf.fields import Must, Rule, Same, Uniform
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 RULES: tuple[Rule, ...] = (
@@ -57,7 +57,7 @@ ROWS = (
 FAMILY = Family(
     name="mamba",
     class_name="MambaForCausalLM",
-    block=("mamba",),
+    layout=Uniform("mamba"),
     rules=RULES,
     ignored=IGNORED,
     rows=ROWS,

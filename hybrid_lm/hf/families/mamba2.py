@@ -3,7 +3,7 @@
 import math
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Derived, Fields, Must, Same, Whole
+from hybrid_lm.hf.fields import Derived, Fields, Must, Same, Uniform, Whole
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 
@@ -15,7 +15,7 @@ def clamps(fields: Fields) -> bool:
 FAMILY = Family(
     name="mamba2",
     class_name="Mamba2ForCausalLM",
-    block=("mamba2",),
+    layout=Uniform("mamba2"),
     rules=(
         Same("vocab_size", "vocab_size"),
         Same("hidden_size", "d_model"),

@@ -2,12 +2,12 @@
 
 from hybrid_lm.hf.families.llama import ROWS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Rope, Same
+from hybrid_lm.hf.fields import Rope, Same, Uniform
 
 FAMILY = Family(
     name="mistral",
     class_name="MistralForCausalLM",
-    block=("attention", "mlp"),
+    layout=Uniform("attention mlp"),
     rules=(
         *SIZES,
         Same("head_dim", "attention.head_dim", default=head_dim),

@@ -3,13 +3,13 @@ arXiv:2501.00656."""
 
 from hybrid_lm.hf.families.llama import ATTENTION, ENDS, MLP, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Rope, Same
+from hybrid_lm.hf.fields import Rope, Same, Uniform
 from hybrid_lm.hf.weights import row
 
 FAMILY = Family(
     name="olmo2",
     class_name="Olmo2ForCausalLM",
-    block=("attention", "mlp"),
+    layout=Uniform("attention mlp"),
     rules=(
         *SIZES,
         Same("head_dim", "attention.head_dim", default=head_dim),

@@ -3,12 +3,12 @@ arXiv:2407.10671."""
 
 from hybrid_lm.hf.families.llama import ROWS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Rope, Same, WindowsByLayer
+from hybrid_lm.hf.fields import Rope, Same, Uniform, WindowsByLayer
 
 FAMILY = Family(
     name="qwen2",
     class_name="Qwen2ForCausalLM",
-    block=("attention", "mlp"),
+    layout=Uniform("attention mlp"),
     rules=(
         *SIZES,
         Same("head_dim", "attention.head_dim", default=head_dim),
