@@ -77,7 +77,8 @@ class _Describer:
     occur."""
 
     def __init__(self, model: ModelConfig, defaults: bool):
-        self.model, self.shown = model, {"exclude_defaults": not defaults}
+        self.model = model
+        self.shown: dict[str, Any] = {"exclude_defaults": not defaults}
         self.shared: dict[str, int] = {}
 
     def item(self, item: str) -> list[dict[str, Any]]:
