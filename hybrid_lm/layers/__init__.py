@@ -9,6 +9,7 @@ LAYERS = Registry(
         "gated_deltanet": "hybrid_lm.layers.gated_deltanet:GatedDeltaNet",
         "mamba": "hybrid_lm.layers.mamba:Mamba",
         "mamba2": "hybrid_lm.layers.mamba2:Mamba2",
+        "mla": "hybrid_lm.layers.mla:MLA",
         "mlp": "hybrid_lm.layers.mlp:MLP",
         "moe": "hybrid_lm.layers.moe:MoE",
         "rg_lru": "hybrid_lm.layers.rg_lru:RGLRU",

@@ -1,9 +1,10 @@
-"""The memory of attention: keys and values, all of them or those of a window."""
+"""The memory of attention: an entry per token, of all tokens or of those of a window."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,16 +17,14 @@ def slack(window: int) -> int:
     return -(-window // 8)
 
 
-@dataclass
-class KVState(State):
-    """Keys, values (b s h p) and document numbers (b s) of the tokens that can still be seen.
+class TokenState(State):
+    """A memory with one entry per token that can still be seen: the tensors that `entries` names, (b s ...),
+    the document numbers last.
 
     The tensors may be longer than `length`: the rest is room to grow.
     """
 
-    k: Tensor
-    v: Tensor
-    docs: Tensor
+    entries: ClassVar[tuple[str, ...]]
     length: int
     window: int
     """0: all tokens can be seen."""
@@ -33,13 +32,13 @@ class KVState(State):
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         return {name: x[:, : self.length] for name, x in super().tensors(prefix).items()}
 
-    def map(self, fn: Callable[[str, Tensor | None], Tensor | None], prefix: str = "") -> KVState:
+    def map(self, fn: Callable[[str, Tensor | None], Tensor | None], prefix: str = "") -> Self:
         return super().map(lambda name, x: fn(name, None if x is None else x[:, : self.length]), prefix)
 
-    def append(self, k: Tensor, v: Tensor, docs: Tensor) -> tuple[Tensor, ...]:
-        """Remembers t more tokens; returns keys, values and documents of all that they may look at, oldest
-        first."""
-        new, t = (k, v, docs), k.shape[1]
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Remembers t more tokens, given as `entries` are; returns the entries of all that they may look at,
+        oldest first."""
+        t = new[0].shape[1]
         keep = min(self.length, self.window - 1) if self.window else self.length
         # In place would change what the graph of earlier tokens has saved; and what is long is not copied
         # into room.
@@ -50,21 +49,48 @@ class KVState(State):
             room = slack(self.window) if self.window and not in_graph else 0
             self._hold([_room(x[:, keep + t - self.length :], room) for x in seen])
             return tuple(seen)
-        if self.length + t > self.k.shape[1]:
+        if self.length + t > self._buffers()[0].shape[1]:
             room = slack(self.window) if self.window else max(t, self.length)
             self._hold([_room(a, room) for a in self._last(keep)])
             self.length = keep
-        buffers, end = (self.k, self.v, self.docs), self.length + t
+        buffers, end = self._buffers(), self.length + t
         for buffer, x in zip(buffers, new, strict=True):
             buffer[:, self.length : end] = x
         self.length = end
         return tuple(buffer[:, :end] for buffer in buffers)
 
+    def _buffers(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.entries)
+
     def _last(self, n: int) -> tuple[Tensor, ...]:
-        return tuple(x[:, self.length - n : self.length] for x in (self.k, self.v, self.docs))
+        return tuple(x[:, self.length - n : self.length] for x in self._buffers())
 
     def _hold(self, tensors: Sequence[Tensor]) -> None:
-        self.k, self.v, self.docs = tensors
+        for name, x in zip(self.entries, tensors, strict=True):
+            setattr(self, name, x)
+
+
+@dataclass
+class KVState(TokenState):
+    """Keys, values (b s h p) and document numbers (b s)."""
+
+    entries = ("k", "v", "docs")
+    k: Tensor
+    v: Tensor
+    docs: Tensor
+    length: int
+    window: int
+
+
+@dataclass
+class LatentState(TokenState):
+    """What all heads' keys and values are made of (b s r), and document numbers (b s)."""
+
+    entries = ("latent", "docs")
+    latent: Tensor
+    docs: Tensor
+    length: int
+    window: int
 
 
 def _room(x: Tensor, more: int) -> Tensor:

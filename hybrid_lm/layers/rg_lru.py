@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,9 @@ class RGLRU(Layer):
         """Factor on the logarithm of the decay (eq. 6 of the paper)."""
         bias: bool = True
         """Biases of the projections and of the convolution."""
+
+        def resolved(self, d_in: int) -> dict[str, Any]:
+            return self.model_dump() | {"d_inner": self.d_inner or d_in}
 
         def check(self, d_in: int) -> Iterable[tuple[str, str]]:
             d = self.d_inner or d_in
