@@ -274,6 +274,15 @@ class LayerOptions(Config):
         """What these settings make impossible at input width `d_in`: pairs of key and reason."""
         return ()
 
+    def resolved(self, d_in: int) -> dict[str, Any]:
+        """The settings as plain data at input width `d_in`, so that those that are the same layer are equal:
+        the numbers that nulls stand for, and defaults for what has no effect."""
+        return self.model_dump()
+
+    def without_effect(self, *keys: str) -> dict[str, Any]:
+        """The defaults of settings that have no effect here."""
+        return {key: type(self).model_fields[key].default for key in keys}
+
 
 class Layer(Module):
     """A causal map `(x, state, ctx) -> (y, state)`: one `forward` for training, prefill of any length, and
