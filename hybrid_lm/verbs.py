@@ -218,6 +218,7 @@ def export(a: Arguments) -> None:
     import torch
 
     from hybrid_lm.hf.convert import export, read_record
+    from hybrid_lm.hf.native import nearest_first
     from hybrid_lm.hf.origin import origin
     from hybrid_lm.hf.verify import show_check
     from hybrid_lm.train.checkpoint import load_run
@@ -230,7 +231,7 @@ def export(a: Arguments) -> None:
     length = None if came else getattr(run.config.data, "seq_len", None)
     folder = export(run, a.out, format=a.format, dtype=dtype, overwrite=a.overwrite, max_length=length)
     record = read_record(folder)
-    for reason in record["reasons"].values():
+    for reason in nearest_first(record["reasons"]):
         say(reason)
     say(f"{folder}: exported as {record['format']}; see hybrid_lm_export.json")
     say(show_check(record["check"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -141,26 +142,32 @@ class Family:
         return config_of(ours)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Their configuration of an architecture. Raises ConversionError saying the first thing in which it
-        is not one of this family."""
+        """Their configuration of an architecture. Raises ConversionError saying in what it is not one of this
+        family, option by option."""
+        fields: dict[str, Any] = {}
         try:
             ours = self.describe(config)
-            for reason in self.unfixed(ours):
-                raise ConversionError(reason)
-            fields: dict[str, Any] = {}
-            self.layout.write(ours.blocks, fields)
-            for rule in self.rules:
-                # What no layer has is left to their default.
-                with suppress(Absent):
-                    rule.write(ours, fields)
-            # The table decides by being run both ways: what it cannot say has become something else.
-            theirs = self.describe(self.read(filled(self, fields)))
+            reasons = [*self.unfixed(ours), *self.unwritten(ours, fields)]
+            if not reasons:
+                # The table decides by being run both ways: what it cannot say has become something else.
+                reasons = [*differences(ours, self.describe(self.read(filled(self, fields))))]
         except ConversionError as error:
-            reason = str(error).removeprefix(f"{self.name}: ")
-            raise ConversionError(f"not {self.name}: {reason}") from None
-        for reason in differences(ours, theirs):
-            raise ConversionError(f"not {self.name}: {reason}")
+            reasons = [str(error).removeprefix(f"{self.name}: ")]
+        if reasons:
+            raise ConversionError(f"not {self.name}: {'; '.join(reasons)}")
         return fields
+
+    def unwritten(self, ours: Options, fields: dict[str, Any]) -> Iterator[str]:
+        """Writes the fields; what cannot be said in them."""
+        writers = [partial(rule.write, ours, fields) for rule in self.rules]
+        for write in (partial(self.layout.write, ours.blocks, fields), *writers):
+            try:
+                write()
+            except Absent:
+                # What no layer has is left to their default.
+                continue
+            except ConversionError as error:
+                yield str(error)
 
     def describe(self, config: ModelConfig) -> Options:
         """An architecture in the terms of this family's tables. Raises ConversionError if its layers are not
@@ -284,12 +291,16 @@ def differences(ours: Options, theirs: Options) -> Iterator[str]:
             names = (" ".join(told(item) for item in block) for block in (one, other))
             yield "block {} is {}, it has {}".format(i, *names)
             return
+    told_once: dict[tuple[str, str, str], list[int]] = {}
     for i, (one, other) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
         for path, value in one.items():
             if not alike(path, value, other[path]):
                 kind, _, option = path.partition(".")
                 at, _ = ours.place(i, kind) or (i, None)
-                yield f"layer {at} has {option} {shown(value)}, it has {shown(other[path])}"
+                told_once.setdefault((option, shown(value), shown(other[path])), []).append(at)
+    for (option, one, other), layers in told_once.items():
+        more = f" ({len(layers) - 1} more layers too)" if len(layers) > 1 else ""
+        yield f"layer {layers[0]} has {option} {one}, it has {other}{more}"
 
 
 def alike(path: str, one: Any, other: Any) -> bool:

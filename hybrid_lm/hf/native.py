@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,10 @@ from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.registry import unknown
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+OTHER_LAYERS = re.compile(r"not \w+: (layer \d+ (is|shares)|\d+ layers are) ")
+"""How `family.describe` says that the layers are not those of a family."""
 
 
 class Target(NamedTuple):
@@ -57,6 +62,16 @@ def choose(config: ModelConfig, format: str = "auto") -> Target:
         except ConversionError as error:
             reasons[name] = str(error)
     return Target(None, {}, reasons)
+
+
+def nearest_first(reasons: Mapping[str, str]) -> list[str]:
+    """Why an architecture is none of the classes: those whose layers it has, the fewest differences first,
+    and the others in one line."""
+    other = [name for name, reason in reasons.items() if OTHER_LAYERS.match(reason)]
+    near = sorted(
+        (reason for name, reason in reasons.items() if name not in other), key=lambda r: r.count("; ")
+    )
+    return [*near, *([f"other layers than {', '.join(other)}"] if other else [])]
 
 
 def tensors_of(family: Family, model: HybridLM) -> Iterator[tuple[str, Tensor]]:
