@@ -134,6 +134,27 @@ class Uniform(Layout):
         fields[self.theirs[0]] = len(blocks)
 
 
+class Switch(Layout):
+    """All layers are one block or all are another, as a field says."""
+
+    def __init__(self, field: str, values: Mapping[Any, str], depth: str = "num_hidden_layers"):
+        self.values = {value: block(text) for value, text in values.items()}
+        self.blocks, self.theirs = tuple(self.values.values()), (depth, field)
+
+    def read(self, fields: Fields) -> list[Block]:
+        depth, name = self.theirs
+        if fields[name] not in self.values:
+            raise ConversionError(f"{name} = {fields[name]!r}: only {listed(self.values)}")
+        return [self.values[fields[name]]] * fields[depth]
+
+    def write(self, blocks: Sequence[Block], fields: dict[str, Any]) -> None:
+        depth, name = self.theirs
+        if any(other != blocks[0] for other in blocks):
+            raise ConversionError(f"its blocks are of two sorts, {name} is for all of them")
+        fields[depth] = len(blocks)
+        fields[name] = next(value for value, what in self.values.items() if what == blocks[0])
+
+
 class Listed(Layout):
     """A field that names each layer. The first of several names for one block is written.
 
@@ -250,18 +271,26 @@ class Whole(Rule):
 class Rope(Rule):
     """`rope_parameters` and `max_position_embeddings`, for rotary positions of all attention layers alike.
 
+    dynamic and longrope are the same here up to the original length. Beyond it transformers reads a prompt by
+    its whole length, and decodes by each token's place; ours does the second in both (see `ops.rope`).
+
     partial: whether the class rotates only `partial_rotary_factor` of each head; the others ignore it.
+    interleaved: whether it rotates neighbouring pairs.
+    sparse: whether layers may be without, which another rule tells.
     """
 
     theirs = ("rope_parameters", "max_position_embeddings")
-    # dynamic and longrope: transformers reads a long prompt otherwise than it decodes one (see `ops.rope`).
-    rules = ("linear", "yarn", "llama3")
+    rules = ("linear", "dynamic", "yarn", "llama3", "longrope")
 
-    def __init__(self, partial: bool = False, interleaved: bool = False):
-        self.partial, self.interleaved = partial, interleaved
+    def __init__(self, *, partial: bool = False, interleaved: bool = False, sparse: bool = False):
+        self.partial, self.interleaved, self.sparse = partial, interleaved, sparse
 
     def read(self, fields: Fields, ours: Options) -> None:
-        given = dict(fields["rope_parameters"] or {})
+        ours["attention.rope"] = self.said(fields["rope_parameters"], fields, ours)
+
+    def said(self, parameters: Fields | None, fields: Fields, ours: Options) -> dict[str, Any]:
+        """Our option for their parameters."""
+        given = dict(parameters or {})
         kind, theta = given.pop("rope_type", "default"), given.pop("rope_theta", 10000.0)
         given.pop("type", None)
         if kind not in ("default", *self.rules):
@@ -282,7 +311,7 @@ class Rope(Rule):
             down = int(width * fraction)
             fraction = fraction if round(width * fraction) == down else down / width
         scaling = None if kind == "default" else {"rope_type": kind, **given}
-        ours["attention.rope"] = {
+        return {
             "theta": theta,
             "fraction": fraction,
             "interleaved": self.interleaved,
@@ -291,23 +320,64 @@ class Rope(Rule):
         }
 
     def write(self, ours: Options, fields: dict[str, Any]) -> None:
-        rope = ours["attention.rope"]
-        if rope is None:
+        ropes = [layer["attention.rope"] for _, layer in ours.each("attention")]
+        there = [rope for rope in ropes if rope is not None]
+        if there:
+            self.write_length(there[0], fields)
+            fields["rope_parameters"] = self.worded(there[0])
+        elif ropes and not self.sparse:
             raise ConversionError("attention.rope is null, it always has rotary positions")
+
+    def worded(self, rope: Mapping[str, Any]) -> dict[str, Any]:
+        """Their parameters for our option."""
         scaling = without_nulls(rope["scaling"] or {"rope_type": "default"})
         if scaling["rope_type"] not in ("default", *self.rules):
             raise ConversionError(f"attention.rope.scaling is {scaling['rope_type']}")
-        fields["rope_parameters"] = {**scaling, "rope_theta": rope["theta"]}
-        if self.partial:
-            fields["rope_parameters"]["partial_rotary_factor"] = rope["fraction"]
+        # Lists, as they come out of a file.
+        given = {key: list(x) if isinstance(x, tuple) else x for key, x in scaling.items()}
+        fraction = {"partial_rotary_factor": rope["fraction"]} if self.partial else {}
+        return {**given, "rope_theta": rope["theta"], **fraction}
+
+    def write_length(self, rope: Mapping[str, Any], fields: dict[str, Any]) -> None:
+        """The length that positions are made for, where it is known."""
         if rope["max_positions"] is not None:
             fields["max_position_embeddings"] = rope["max_positions"]
 
 
+class RopeByType(Rope):
+    """`rope_parameters` with an entry for each of the `layer_types`; layers without a window, and those with
+    one."""
+
+    def read(self, fields: Fields, ours: Options) -> None:
+        for i, layer in ours.each("attention"):
+            parameters = fields["rope_parameters"][fields["layer_types"][i]]
+            layer["attention.rope"] = self.said(parameters, fields, ours)
+
+    def write(self, ours: Options, fields: dict[str, Any]) -> None:
+        fields["rope_parameters"] = {}
+        for _, layer in ours.each("attention"):
+            kind, rope = WINDOWED[layer["attention.window"] is not None], layer["attention.rope"]
+            if rope is None:
+                raise ConversionError("attention.rope is null, it always has rotary positions")
+            self.write_length(rope, fields)
+            fields["rope_parameters"].setdefault(kind, self.worded(rope))
+
+
+WINDOWED = {False: "full_attention", True: "sliding_attention"}
+"""Their names for attention without and with a window."""
+
+
 class WindowsByLayer(Rule):
-    """`layer_types` with one `sliding_window` for the layers that have one."""
+    """`layer_types` with one `sliding_window` for the layers that have one.
+
+    switched: whether the class has `use_sliding_window` too.
+    """
 
     theirs = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+
+    def __init__(self, *, switched: bool = True):
+        self.switched = switched
+        self.theirs = self.theirs if switched else self.theirs[:2]
 
     def read(self, fields: Fields, ours: Options) -> None:
         window, kinds = fields.get("sliding_window"), fields["layer_types"]
@@ -323,10 +393,10 @@ class WindowsByLayer(Rule):
         there = {window for window in windows if window is not None}
         if len(there) > 1:
             raise ConversionError(f"attention.window is {listed(sorted(there))}, it has one for all layers")
-        fields["use_sliding_window"] = bool(there)
+        if self.switched:
+            fields |= {"use_sliding_window": bool(there), "max_window_layers": 0}
         fields["sliding_window"] = next(iter(there), None)
-        fields["max_window_layers"] = 0
-        fields["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+        fields["layer_types"] = [WINDOWED[window is not None] for window in windows]
 
 
 class Either(Same):
@@ -353,9 +423,8 @@ class Inverse(Rule):
         factor = ours[self.ours]
         if not factor:
             raise ConversionError(f"{self.ours} is 0, it divides by {self.theirs[0]}")
-        # Several divisors may have one inverse: the one that a person would write.
-        short = (float(f"{1.0 / factor:.{digits}g}") for digits in range(1, 17))
-        fields[self.theirs[0]] = next((x for x in short if 1.0 / x == factor), 1.0 / factor)
+        # Several divisors may have one inverse.
+        fields[self.theirs[0]] = shortest(1.0 / factor, lambda x: 1.0 / x == factor)
 
 
 class Agrees(Rule):
@@ -386,6 +455,28 @@ class Unused(Rule):
     def write(self, ours: Options, fields: dict[str, Any]) -> None:
         if not any(ours.each(self.kind)):
             fields |= self.values
+
+
+class ScaleOf(Rule):
+    """The factor on attention's scores, which is a power of their field; `kind` is the field's type."""
+
+    def __init__(self, theirs: str, power: float, kind: type = float):
+        self.theirs, self.power, self.kind = (theirs,), power, kind
+
+    def read(self, fields: Fields, ours: Options) -> None:
+        ours["attention.scale"] = float(fields[self.theirs[0]] ** self.power)
+
+    def write(self, ours: Options, fields: dict[str, Any]) -> None:
+        scale = ours["attention.scale"]
+        scale = ours["attention.head_dim"] ** -0.5 if scale is None else scale
+        value = shortest(scale ** (1 / self.power), lambda x: x**self.power == scale)
+        fields[self.theirs[0]] = self.kind(value) if self.kind(value) == value else value
+
+
+def shortest(value: float, agrees: Callable[[float], bool]) -> float:
+    """The number next to `value` that a person would write: with as few digits as agree."""
+    short = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+    return next((x for x in short if agrees(x)), value)
 
 
 def without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:

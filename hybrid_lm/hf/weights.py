@@ -166,7 +166,10 @@ def full_name(name: str, options: Options, i: int, names: set[str]) -> str:
     at, branch = place
     if branch is None:
         return f"layers.{at}.{rest}"
-    # A parallel layer: parts of the branch with norms of its own, or the branch itself, or the norm of all.
+    # A parallel layer: parts of the branch with norms of its own, or the branch itself, or the norm of all,
+    # which goes by the name of the first type.
     inside = f"layers.{at}.layer.layers.{branch}."
-    tries = [inside + rest, inside + rest.removeprefix("layer."), f"layers.{at}.{rest}"]
+    tries = [inside + rest, inside + rest.removeprefix("layer.")]
+    if any(kind == item[0] for item in options.blocks[i]):
+        tries.append(f"layers.{at}.{rest}")
     return next((full for full in tries if full in names), tries[0])
