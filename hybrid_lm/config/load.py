@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from hybrid_lm.config import yaml
 from hybrid_lm.config.dump import architecture_hash, dump_yaml
 from hybrid_lm.config.explain import Finding, Path, explain
+from hybrid_lm.config.imported import fill
 from hybrid_lm.config.recipes import Recipes
 from hybrid_lm.config.report import ConfigError, Problem, show
 from hybrid_lm.config.schema import ProbeData, RunConfig
@@ -166,6 +167,9 @@ def _validate(source: Source, overrides: Sequence[str]) -> RunConfig:
     for text in overrides:
         if wrong := source.override(text):
             problems.append(Problem(f"override {text}", wrong))
+    if source.data.get("init_from") is not None and (unfilled := fill(source.data)):
+        # Without the imported model there is nothing to judge the rest by.
+        raise ConfigError(source.name, problems + [source.problem(finding) for finding in unfilled])
     model = source.data.get("model")
     recipes = Recipes(model if isinstance(model, dict) else {})
     findings = list(recipes.findings)

@@ -185,7 +185,7 @@ class TokenizerConfig(Config):
     """bytes: one token per UTF-8 byte, no download; huggingface: a local folder or hub name; bpe: trained on
     the corpus."""
     path: str | None = None
-    """Folder or name of a Hugging Face tokenizer."""
+    """Folder or name of a Hugging Face tokenizer, or the folder `tokenizer` of a run."""
     vocab_size: Positive | None = None
     """Entries of a BPE to train, specials included."""
 
@@ -301,9 +301,24 @@ class TrainConfig(Config):
     wandb: WandbConfig = WandbConfig()
 
 
+class InitFromConfig(Config):
+    """A model to start from. Places are layers by number (`3`), from-to (`0-11`) or recipe (`a`), and
+    `embed`, `embed_positions`, `final_norm`, `lm_head`."""
+
+    path: str
+    """A Hugging Face folder or hub name, or the folder of a run or of one of its checkpoints."""
+    freeze: Annotated[tuple[int | str, ...], Field(strict=False)] = ()
+    """Places that keep their weights: `[embed, f, 0-3]`."""
+    replace: dict[str, str | None] = Field(default_factory=dict)
+    """Places of the imported pattern, and the recipe that stands there from now on, with weights from their
+    start: `{a: m}`, m being one of `model.layers`; null: the same recipe, from its start."""
+
+
 class RunConfig(Config):
     """One YAML file: one run."""
 
+    init_from: InitFromConfig | None = None
+    """A model to start from; `model` then says only what is to differ from it, or everything."""
     model: ModelConfig
     data: Annotated[TextData | ProbeData, Field(discriminator="kind")] = TextData()
     train: TrainConfig = TrainConfig()

@@ -246,7 +246,11 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str] = ()) -> Tokeni
             )
     if config.kind == "bpe":
         return train_bpe(texts, config.vocab_size or 0)
-    return HFTokenizer(config.path or "") if config.kind == "huggingface" else ByteTokenizer()
+    if config.kind == "bytes":
+        return ByteTokenizer()
+    path = config.path or ""
+    # The folder in which a run keeps its tokenizer says itself what it is.
+    return load_tokenizer(path) if (Path(path) / KIND_FILE).is_file() else HFTokenizer(path)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

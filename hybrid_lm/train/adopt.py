@@ -50,6 +50,8 @@ def adopt(
     has changed.
     """
     refuse_existing(run_dir, overwrite)
+    if config.init_from is not None:
+        raise ValueError("init_from: an import is the model as it is; `hybrid-lm train` starts from one")
     if architecture_hash(config) != architecture_hash(model.config):
         raise ValueError("model: the architecture is that of the weights; take out what changes it")
     device = check_settings(config)

@@ -16,7 +16,7 @@ FUSED = ("cpu", "cuda", "mps", "xpu")
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Every parameter in exactly one group of the same weight decay and learning-rate factor.
+    """Every parameter that is trained in exactly one group of the same weight decay and learning-rate factor.
 
     Keys of a group: `params`, `names` (in the same order), `weight_decay`, `lr_factor`. What decays is a
     matter of the parameter's class (`model.init.POLICY`), not of its shape: Mamba's `A_log` is a matrix and
@@ -24,6 +24,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter, spec in entries(model):
+        if not parameter.requires_grad:
+            continue
         policy = POLICY[spec.kind]
         decay = config.weight_decay if policy.decay else 0.0
         empty = {"params": [], "names": [], "weight_decay": decay, "lr_factor": policy.lr}
@@ -31,7 +33,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         group["params"].append(parameter)
         group["names"].append(name)
     grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    assert sorted(grouped) == sorted(id(x) for x in model.parameters() if x.requires_grad)
     return list(groups.values())
 
 
@@ -96,13 +98,12 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `moments` took out."""
+    """Puts back what `moments` took out, but for parameters that are frozen by now."""
     memories: dict[str, dict[str, Tensor]] = {}
     for path, x in tensors.items():
         name, _, key = path.rpartition(".")
         memories.setdefault(name, {})[key] = x
     names = [name for group in optimizer.param_groups for name in group["names"]]
-    assert memories.keys() <= set(names)
     state = {index: memories[name] for index, name in enumerate(names) if name in memories}
     # load_state_dict knows which of them belong on the parameter's device and which on the CPU.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -27,6 +27,7 @@ from hybrid_lm.model.build import build_model, with_vocabulary
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.ops import backend as backends
 from hybrid_lm.train import checkpoint as checkpoints
+from hybrid_lm.train import init_from, optim
 from hybrid_lm.train.checkpoint import REMEDY, Checkpoint, CheckpointError
 from hybrid_lm.train.dry_run import dry_run
 from hybrid_lm.train.source import Source, open_source
@@ -59,11 +60,14 @@ def start(config: RunConfig, run_dir: Path, *, overwrite: bool, console: Console
     refuse_existing(run_dir, overwrite)
     device = check_settings(config)
     dry_run(config)
+    config, plan = init_from.make_plan(config)
     cannot = f"cannot write the run's folder {run_dir}"
     with new_folder(run_dir, cannot) as new:
         source = read_data(config, new, console)
         setup = assemble(config, run_dir, source, device)
         check_space(new, space(setup), "the run", REMEDY)
+        if plan is not None:
+            begin(setup, plan, new, console)
         replace_text(new / "config.yaml", dump_yaml(setup.config))
         replace_text(new / "manifest.json", json.dumps(manifest(setup), indent=1) + "\n")
         if source.tokenizer is not None:
@@ -73,6 +77,19 @@ def start(config: RunConfig, run_dir: Path, *, overwrite: bool, console: Console
     # The files have moved.
     setup.source = open_source(setup.config, run_dir, prepared=True)
     return setup
+
+
+def begin(setup: Setup, plan: init_from.Plan, folder: Path, console: Console) -> None:
+    """Takes over the imported weights; they are the run's checkpoint of step 0, so that it can go on when
+    what it was imported from is gone."""
+    if warning := init_from.other_tokenizer(plan, setup.source.tokenizer):
+        tell(console, warning)
+    init_from.take_over(plan, setup.model, folder, lambda text: tell(console, text))
+    form = optim.implementation(setup.device)
+    # Counters as they are before the first step.
+    state = {"identity": setup.identity, "optimizer": form, "counters": {"window": {}}}
+    weights = checkpoints.weights(setup.model)
+    checkpoints.save(folder, 0, weights, {}, state, keep=setup.config.train.keep)
 
 
 def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
@@ -86,6 +103,7 @@ def resume(config: RunConfig, run_dir: Path, *, console: Console) -> Setup:
     device = check_settings(config)
     dry_run(config)
     stored = load_config(run_dir / "config.yaml")
+    refuse_other_start(config, stored, run_dir)
     refuse_other_text(config, stored, run_dir)
     setup = assemble(config, run_dir, open_source(config, run_dir, prepared=True), device)
     facts = read_manifest(run_dir)
@@ -134,6 +152,7 @@ def assemble(config: RunConfig, run_dir: Path, source: Source, device: torch.dev
         )
     check_memory(config, device)
     model = build_model(config, seed=config.train.seed, device=device, backend=config.train.backend)
+    init_from.freeze(model, config)
     return Setup(config, run_dir, source, model, device, identity(config, source), None, secrets.token_hex(4))
 
 
@@ -141,7 +160,9 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
     """ValueError if weights, gradients and two moments alone are more than this machine's memory."""
     if device.type != "cpu":
         return
-    size = 16 * sum(parameter.numel() for parameter in build_model(config, weights=False).parameters())
+    shapes = build_model(config, weights=False)
+    init_from.freeze(shapes, config)
+    size = sum((16 if x.requires_grad else 4) * x.numel() for x in shapes.parameters())
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > there:
         raise ValueError(
@@ -188,6 +209,7 @@ def manifest(setup: Setup) -> dict[str, Any]:
         "identity": setup.identity,
         "architecture": setup.identity["architecture"],
         "parameters": sum(parameter.numel() for parameter in setup.model.parameters()),
+        "frozen_parameters": n_frozen(setup.model),
         "data": {"fingerprint": setup.source.fingerprint, "description": setup.source.describe()},
         "machine": {
             "device": str(setup.device),
@@ -253,10 +275,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def space(setup: Setup) -> int:
-    """Bytes that the run's checkpoints will take: weights and two moments, `keep` of them and the one being
-    written.
+    """Bytes that the run's checkpoints will take: weights, and two moments of those that are trained; `keep`
+    of them and the one being written.
     """
-    size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in setup.model.parameters())
+    sizes = [(3 if x.requires_grad else 1) * x.numel() * x.element_size() for x in setup.model.parameters()]
+    size = sum(sizes)
     c = setup.config.train
     n = 1 if c.save_every_steps is None else min(c.keep, c.steps // c.save_every_steps) + 1
     # The metrics, and what else is written beside.
@@ -300,8 +323,14 @@ def describe(setup: Setup) -> str:
         by_backend.setdefault(backend, []).append(op)
     chosen = next(iter(by_backend)) if len(by_backend) == 1 else ""
     parts = chosen or "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in by_backend.items())
-    n = sum(parameter.numel() for parameter in setup.model.parameters())
-    return f"{n:,} parameters on {setup.device}, backend {parts}"
+    n, frozen = sum(parameter.numel() for parameter in setup.model.parameters()), n_frozen(setup.model)
+    told = f" ({frozen:,} of them frozen)" if frozen else ""
+    return f"{n:,} parameters{told} on {setup.device}, backend {parts}"
+
+
+def n_frozen(model: HybridLM) -> int:
+    """Numbers in the parameters that are not trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
 
 
 def tell(console: Console, text: str) -> None:
@@ -339,6 +368,14 @@ def refuse_other_text(config: RunConfig, stored: RunConfig, run_dir: Path) -> No
     for key in ("path", "tokenizer"):
         if getattr(new, key) != getattr(old, key):
             raise ValueError(f"data.{key} was {getattr(old, key)} and is {getattr(new, key)} now; {back}")
+
+
+def refuse_other_start(config: RunConfig, stored: RunConfig, run_dir: Path) -> None:
+    """ValueError if the run began from another model. What is frozen may change."""
+    new, old = ((c.init_from.path, c.init_from.replace) if c.init_from else None for c in (config, stored))
+    if new != old:
+        was, now = (" ".join(map(str, x)) if x else "null" for x in (old, new))
+        raise ValueError(f"{run_dir}: init_from was {was} and is {now} now; put it back, or start a new run")
 
 
 def refuse_other_run(run_dir: Path, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

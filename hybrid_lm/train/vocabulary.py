@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hybrid_lm import probes
 from hybrid_lm.config.schema import ProbeData, RunConfig
-from hybrid_lm.data import ByteTokenizer, HFTokenizer, TokenStore, is_store
+from hybrid_lm.data import ByteTokenizer, TokenStore, is_store, make_tokenizer
 from hybrid_lm.model.build import with_vocabulary
 from hybrid_lm.train.source import product
 
@@ -23,7 +23,7 @@ def filled(config: RunConfig) -> RunConfig:
     if data.tokenizer.kind == "bytes":
         return with_vocabulary(config, ByteTokenizer().vocab_size)
     if data.tokenizer.kind == "huggingface" and data.tokenizer.path:
-        return with_vocabulary(config, HFTokenizer(data.tokenizer.path).vocab_size)
+        return with_vocabulary(config, make_tokenizer(data.tokenizer).vocab_size)
     if data.tokenizer.vocab_size is not None:
         return with_vocabulary(config, data.tokenizer.vocab_size)
     raise ValueError(

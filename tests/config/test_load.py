@@ -100,7 +100,7 @@ foo: [1, 2]
         ("  run.yaml:14: train.precision = 'bf61': must be 'float32' or 'bf16'. Did you mean 'bf16'?", ""),
         ("  run.yaml:15: train.optimizer.betas.1 = 2: must be less than or equal to 1", ""),
         ("  run.yaml:16: train.compile = 'yes': must be true or false; write true", ""),
-        ("  run.yaml:17: foo = [1, 2]: unknown key; known: data, model, train", ""),
+        ("  run.yaml:17: foo = [1, 2]: unknown key; known: data, init_from, model, train", ""),
     ]
     assert len(lines) == len(expected)
     for line, (start, end) in zip(lines, expected, strict=True):
@@ -137,7 +137,7 @@ def changed(changes):
         ),
         (
             {"d_ff: 128": "d_ff: 128, share: {copys: 2}"},
-            "run.yaml:7: model.layers.f.share.copys = 2: unknown key; known: copies. Did you mean 'copies'?",
+            "run.yaml:7: model.layers.f.share.copys = 2: unknown key; known: copies, norms. Did you mean 'copies'?",
         ),
         (
             {"d_ff: 128": "d_ff: 128, per_call: {out_proj: true}"},

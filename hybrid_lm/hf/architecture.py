@@ -1,0 +1,36 @@
+"""What the configuration files of a checkpoint say, without its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrid_lm.config.schema import ModelConfig
+from hybrid_lm.data.optional import need
+from hybrid_lm.hf.fields import ConversionError
+from hybrid_lm.hf.importing import family_of, local_folder
+from hybrid_lm.hf.origin import TOKENIZERS
+
+
+def of_checkpoint(place: str) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """The architecture in a folder or under a hub name, and its tokenizer as `data.tokenizer` says it (None:
+    it has none).
+
+    Raises ConversionError for what does not load and for architectures that are not read, and MissingPackage
+    without transformers; both are ValueErrors.
+    """
+    need("transformers", "reading a Hugging Face model")
+    from transformers import AutoConfig
+
+    from hybrid_lm.hf.wrapper import from_json_safe
+
+    folder = local_folder(place)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConversionError(f"{place}: not a model folder or hub name that loads: {reason}") from error
+    has_one = any((folder / name).is_file() for name in TOKENIZERS)
+    tokenizer = {"kind": "huggingface", "path": place} if has_one else None
+    if config.model_type == "hybrid_lm":
+        return ModelConfig.model_validate(from_json_safe(config.architecture)), tokenizer
+    return family_of(config.model_type, place).read(config.to_dict()), tokenizer
