@@ -26,8 +26,10 @@ def native(name: str, options: dict[str, Any], seed: int = 0) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options)).eval()
-    for parameter in model.parameters():
-        flat = parameter.dim() < 2 or 1 in parameter.shape
-        scale = 0.1 if flat else 0.25 * float(parameter.std())
-        parameter.add_(torch.randn_like(parameter), alpha=scale)
+    # What is saved and no parameter: the correction of a router's scores.
+    saved = [buffer for name, buffer in model.named_buffers() if name in model.state_dict()]
+    for x in (*model.parameters(), *(buffer for buffer in saved if buffer.is_floating_point())):
+        flat = x.dim() < 2 or 1 in x.shape
+        scale = 0.1 if flat else 0.25 * float(x.std())
+        x.add_(torch.randn_like(x), alpha=scale)
     return model
