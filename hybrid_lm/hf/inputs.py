@@ -8,9 +8,10 @@ from torch import Tensor
 from hybrid_lm.model.lm import ModelState
 
 
-def mask_of(attention_mask: Tensor, input_ids: Tensor, state: ModelState | None) -> Tensor:
-    """The part (b t) of a padding mask that belongs to this call's tokens. ValueError for any other mask."""
-    (b, t), seen = input_ids.shape, 0 if state is None else state.seen
+def mask_of(attention_mask: Tensor, rows: Tensor, state: ModelState | None) -> Tensor:
+    """The part (b t) of a padding mask that belongs to this call's tokens or embeddings (b t ...). ValueError
+    for any other mask."""
+    (b, t), seen = rows.shape[:2], 0 if state is None else state.seen
     if not isinstance(attention_mask, Tensor) or attention_mask.shape not in {(b, t), (b, seen + t)}:
         shape = (
             tuple(attention_mask.shape)
@@ -24,17 +25,18 @@ def mask_of(attention_mask: Tensor, input_ids: Tensor, state: ModelState | None)
 
 
 def documents(
-    input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, state: ModelState | None
+    rows: Tensor, mask: Tensor | None, position_ids: Tensor | None, state: ModelState | None
 ) -> Tensor | None:
-    """`doc_ids` (b t) from a padding mask (b t) and positions (b t); None: all tokens go on with document 1.
+    """`doc_ids` (b t) of tokens or embeddings (b t ...) from a padding mask (b t) and positions (b t); None:
+    all go on with document 1.
 
     A token opens a document if it is the row's first, or if its position is not above that of the one before.
     """
-    t = input_ids.shape[1]
+    b, t = rows.shape[:2]
     fresh = state is None or state.seen == 0
     if mask is None and (position_ids is None or t == 1) and (state is None or state.doc is None):
         return None
-    mask = torch.ones_like(input_ids, dtype=torch.int32) if mask is None else mask
+    mask = torch.ones(b, t, dtype=torch.int32, device=rows.device) if mask is None else mask
     opened = torch.full_like(mask[:, 0], int(not fresh))
     if state is not None and state.opened is not None:
         opened = state.opened

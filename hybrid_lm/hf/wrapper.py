@@ -1,4 +1,4 @@
-"""Our model as a `transformers` model: config, causal-LM class, and the memory that `generate` carries.
+"""Our model as a `transformers` model: config and causal-LM class.
 
 Importing this module registers the classes, so that a saved model loads here without remote code. The same
 source, made self-contained by `hf.bundle`, is the remote code of an export.
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from hybrid_lm.config.pattern import expand
 from hybrid_lm.config.schema import ModelConfig
+from hybrid_lm.hf.cache import HybridLMCache
 from hybrid_lm.hf.inputs import documents, mask_of
 from hybrid_lm.layers.base import Module
-from hybrid_lm.layers.parts import Embedding
+from hybrid_lm.layers.block import Residual
+from hybrid_lm.layers.parts import Embedding, Linear
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import entries
-from hybrid_lm.model.lm import HybridLM, ModelState
+from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.ops import select
 
 INFINITIES = {".inf": float("inf"), "-.inf": float("-inf")}
@@ -88,66 +89,6 @@ class HybridLMConfig(PreTrainedConfig):
         return ModelConfig.model_validate(from_json_safe(self.architecture))
 
 
-class HybridLMCache(Cache):
-    """A model's memory between calls: a `ModelState`, made at the first call, when the batch is known."""
-
-    # The memory grows in Python, so generate must not try to compile its steps.
-    is_compileable = False  # pyright: ignore[reportAssignmentType] - a property there
-
-    def __init__(self, max_tokens: int | None = None):
-        super().__init__(layers=[])
-        self.state: ModelState | None = None
-        self.max_tokens = max_tokens
-
-    def __bool__(self) -> bool:
-        # `len` counts transformers' own cache layers, of which there are none.
-        return True
-
-    def __repr__(self) -> str:
-        return f"HybridLMCache({self.get_seq_length()} tokens)"
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far, padding included."""
-        return 0 if self.state is None else self.state.seen
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no longest length."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of a mask over all tokens up to the end of a call of `query_length` tokens."""
-        return self.get_seq_length() + query_length, 0
-
-    @property
-    def batch_size(self) -> int:
-        """Rows, or -1 before the first call."""
-        return -1 if self.state is None else self.state.position.shape[0]
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.state = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes the given rows (n,), in that order: beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Takes the given rows (n,), in that order."""
-        if self.state is not None:
-            self.state = self.state.gather(indices.to(self.state.position.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
-        if self.state is not None:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: ValueError. A recurrence cannot be run backwards."""
-        raise ValueError(
-            "the memory of a recurrent layer cannot be cropped; keep a copy of an earlier cache instead"
-        )
-
-
 class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
     """A `HybridLM` behind the interface of `transformers`. `model` is the model itself.
 
@@ -157,10 +98,12 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HybridLMConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     # What was read cannot be unread: this makes `generate` refuse assisted decoding.
     _is_stateful = True
     _supports_sdpa = True
+    # A residual layer is on one device.
+    _no_split_modules: ClassVar[list[str]] = [Residual.__name__]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, config: HybridLMConfig, model: HybridLM | None = None):
@@ -207,44 +150,54 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         doc_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits for the token after each of `input_ids` (b t), and the loss if there are `labels`.
 
         attention_mask   (b t), or (b s + t) with what was read before: 1 token, 0 padding
         position_ids     (b t); where they do not go up, a document begins, which sees nothing of the last one
-        doc_ids          (b t): 0 padding, documents 1, 2, ... in order, instead of marking them by positions
+        inputs_embeds    (b t d) in place of `input_ids`, as `get_input_embeddings()` gives them
         labels           (b t): the tokens themselves, -100 where nothing is scored; shifted here
         logits_to_keep   only the last k logits, or those at the given indices; 0: all
+        doc_ids          (b t): 0 padding, documents 1, 2, ... in order, instead of marking them by positions
+        output_hidden_states   what enters each layer (b t d), and at last what the logits are made of
 
-        Raises ValueError for `inputs_embeds`, masks of other shapes, other caches, and hidden states.
+        Raises ValueError for masks of other shapes, other caches, a full static cache, and attention weights.
         """
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("this model reads `input_ids`; it has no `inputs_embeds`")
-        for asked in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(asked):
-                raise ValueError(f"{asked}: this model does not return them")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError("output_attentions: this model does not return them")
         if past_key_values is not None and not isinstance(past_key_values, HybridLMCache):
             kind = type(past_key_values).__name__
             raise ValueError(f"past_key_values is a {kind}; give what an earlier call returned, or nothing")
+        rows = inputs_embeds if input_ids is None else input_ids
+        assert rows is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = HybridLMCache()
-        self._choose_backends(input_ids.device.type)
-        state = None if past_key_values is None else past_key_values.state
-        if past_key_values is not None and state is None:
-            state = self.model.empty_state(input_ids.shape[0], max_tokens=past_key_values.max_tokens)
+        self._choose_backends(rows.device.type)
+        state = None if past_key_values is None else past_key_values.begin(self.model, rows)
         if position_ids is not None:
-            position_ids = position_ids.expand_as(input_ids)
-        mask = None if attention_mask is None else mask_of(attention_mask, input_ids, state)
+            position_ids = position_ids.expand(rows.shape[:2])
+        mask = None if attention_mask is None else mask_of(attention_mask, rows, state)
         if doc_ids is None:
-            doc_ids = documents(input_ids, mask, position_ids, state)
+            doc_ids = documents(rows, mask, position_ids, state)
         elif mask is not None:
             doc_ids = doc_ids * mask
-        x, state = self.model.features(input_ids, state=state, doc_ids=doc_ids, positions=position_ids)
-        if past_key_values is not None:
-            past_key_values.state = state
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        x, _ = self.model.features(
+            input_ids,
+            state=state,
+            doc_ids=doc_ids,
+            positions=position_ids,
+            embeds=inputs_embeds,
+            hidden=hidden,
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(x[:, keep])
         loss = None
@@ -252,7 +205,12 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=None if hidden is None else tuple(hidden),
+        )
 
     def _choose_backends(self, device: str) -> None:
         # The model was built on the meta device, before anybody knew where it would run.
@@ -261,14 +219,15 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
+        if kind not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation = {kind!r}: this model has one sort of memory; leave it out"
+                f"cache_implementation = {kind!r}: this model has 'dynamic' memory, which grows, and 'static'"
             )
         if model_kwargs.get("past_key_values") is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # pyright: ignore
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = HybridLMCache(max_tokens=generation_config.max_length)
+            room = max(args[-1], getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs["past_key_values"] = HybridLMCache(max_tokens=room, fixed=kind == "static")
 
     def get_input_embeddings(self) -> Embedding:
         """The module that holds the embedding matrix (v d)."""
@@ -278,14 +237,19 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Puts another embedding in its place."""
         self.model.embed = value
 
-    def get_output_embeddings(self) -> Embedding:
-        """The module that holds the output matrix (v d): the embedding itself if they are tied."""
-        return self.model.embed if self.model.lm_head is None else self.model.lm_head
+    def get_output_embeddings(self) -> Linear:
+        """The output matrix (v d); with tied weights it is a module around the embedding's."""
+        if self.model.lm_head is not None:
+            return self.model.lm_head
+        with torch.device("meta"):
+            head = Linear(self.config.hidden_size, self.config.vocab_size, kind="embedding")
+        head.weight = self.model.embed.weight
+        return head
 
-    def set_output_embeddings(self, new_embeddings: Embedding) -> None:
-        """Puts another output matrix in its place; with tied weights that is the embedding."""
+    def set_output_embeddings(self, new_embeddings: Linear) -> None:
+        """Puts another output matrix in its place; with tied weights that is the embedding's."""
         if self.model.lm_head is None:
-            self.model.embed = new_embeddings
+            self.model.embed.weight = new_embeddings.weight
         else:
             self.model.lm_head = new_embeddings
 
@@ -301,22 +265,29 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         if pad_to_multiple_of:
             n = -(-n // pad_to_multiple_of) * pad_to_multiple_of
         if n != self.config.vocab_size:
-            owners: list[tuple[Module | None, str]] = [
+            for owner, name in (
                 (self.model.embed, "weight"),
                 (self.model.lm_head, "weight"),
                 (self.model, "lm_bias"),
-            ]
-            for owner, name in owners:
-                old = None if owner is None else owner._parameters[name]
-                if owner is not None and old is not None:
-                    new = old.new_zeros(n, *old.shape[1:])
-                    new[: len(old)] = old[:n]
-                    if mean_resizing and n > len(old):
-                        new[len(old) :] = old.float().mean(0).to(old.dtype)
-                    owner._parameters[name] = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+            ):
+                resize(owner, name, n, mean_resizing)
+            self.model.embed.num_embeddings = n
+            if self.model.lm_head is not None:
+                self.model.lm_head.out_features = n
             self.config.vocab_size = self.config.architecture["vocab_size"] = n
             self.model.config = self.model.config.model_copy(update={"vocab_size": n})
         return self.model.embed
+
+
+def resize(owner: Module | None, name: str, n: int, mean: bool) -> None:
+    """Gives a parameter of `owner`, if it has it, n rows: new ones are the mean of the old, or zero."""
+    old = None if owner is None else owner._parameters[name]
+    if owner is not None and old is not None:
+        new = old.new_zeros(n, *old.shape[1:])
+        new[: len(old)] = old[:n]
+        if mean and n > len(old):
+            new[len(old) :] = old.float().mean(0).to(old.dtype)
+        owner._parameters[name] = torch.nn.Parameter(new, requires_grad=old.requires_grad)
 
 
 def mark_filled(parameter: Tensor) -> None:
