@@ -139,6 +139,10 @@ class Family:
                     rule.read(fields, ours)
         except ConversionError as error:
             raise ConversionError(f"{self.name}: {error}") from None
+        return self.composed(ours)
+
+    def composed(self, ours: Options) -> ModelConfig:
+        """The architecture that these options describe: the inverse of `describe`."""
         return config_of(ours)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:

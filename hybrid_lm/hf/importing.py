@@ -144,10 +144,12 @@ def place(model: nn.Module, name: str, x: Tensor, dtype: torch.dtype) -> None:
 
 
 def published(theirs: Any) -> dict[str, Tensor]:
-    """The weights of a model object under the keys that its class has on disk, where experts are apart."""
+    """The weights of a model object under the keys that its class has on disk, where experts are apart and a
+    tensor with several names has one."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(theirs, dict(theirs.state_dict()))
+    own = {key: x for key, x in theirs.state_dict().items() if key not in theirs.all_tied_weights_keys}
+    return revert_weight_conversion(theirs, own)
 
 
 def keys_on_disk(
