@@ -214,9 +214,10 @@ class MoE(Layer):
             real = (ctx.doc_ids.flatten() > 0).to(scores.dtype)
         n = real.sum().clamp(min=1.0)
         counts = torch.zeros_like(scores[0]).index_add(0, chosen.flatten(), real.repeat_interleave(o.top_k))
-        auxiliary.loads.append(
-            Load(counts.detach(), self.router_correction, o.balance_rate if o.balance == "bias" else 0.0)
-        )
+        # A router that is frozen goes on choosing as it did.
+        learns = o.balance == "bias" and self.router.weight.requires_grad
+        rate = o.balance_rate if learns else 0.0
+        auxiliary.loads.append(Load(counts.detach(), self.router_correction, rate))
         if o.balance == "loss":
             mean = (scores / scores.sum(-1, keepdim=True) * real[:, None]).sum(0) / n
             value = o.n_experts * (counts / (o.top_k * n) * mean).sum()

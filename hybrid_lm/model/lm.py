@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_lm.config.schema import ModelConfig
-from hybrid_lm.layers.base import Context, Layer, LayerList, Module, State
+from hybrid_lm.layers.base import Auxiliary, Context, Layer, LayerList, Module, State
 from hybrid_lm.layers.parts import Embedding, Linear, make_norm
-from hybrid_lm.ops import TokenLoss, linear, linear_cross_entropy
+from hybrid_lm.ops import linear, linear_cross_entropy
 
 
 class LMOutput(NamedTuple):
@@ -23,6 +23,17 @@ class LMOutput(NamedTuple):
 
     logits: Tensor
     state: ModelState | None
+
+
+class LMLoss(NamedTuple):
+    """What training minimises: the mean of `objective` over the labels, plus `auxiliary.objective`."""
+
+    objective: Tensor
+    """(b t): label smoothing and z-loss included; zero without a label."""
+    nll: Tensor
+    """(b t): -log p(label), in nats; zero without a label."""
+    auxiliary: Auxiliary
+    """What the layers add, in training mode only: how evenly experts are used."""
 
 
 @dataclass
@@ -98,15 +109,18 @@ class HybridLM(Module):
         positions: Tensor | None = None,
         embeds: Tensor | None = None,
         hidden: list[Tensor] | None = None,
+        auxiliary: Auxiliary | None = None,
     ) -> tuple[Tensor, ModelState | None]:
         """`forward` up to the logits: (b t d), after the final norm.
 
         `embeds` (b t d): what to read in place of the rows of `embed` that `tokens` name. `hidden`: gets what
-        enters each layer (b t d), and at last what is returned.
+        enters each layer (b t d), and at last what is returned. `auxiliary`: gets what the layers add to the
+        loss.
         """
         rows = embeds if tokens is None else tokens
         assert rows is not None
         ctx = self.context(rows, state, doc_ids, positions)
+        ctx.auxiliary = auxiliary
         x = ctx.embeddings = self.embedded(tokens, ctx.positions, embeds)
         memories = [None] * len(self.layers) if state is None else state.layers
         again = self.gradient_checkpointing and self.training and state is None
@@ -145,10 +159,11 @@ class HybridLM(Module):
         doc_ids: Tensor | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-    ) -> TokenLoss:
+    ) -> LMLoss:
         """Loss in nats at each labelled place, (b t), zero where the label is -100; the logits are never all
         in memory."""
-        x, _ = self.features(tokens, doc_ids=doc_ids)
+        added = Auxiliary([], [])
+        x, _ = self.features(tokens, doc_ids=doc_ids, auxiliary=added if self.training else None)
         loss = linear_cross_entropy(
             x.flatten(0, 1),
             self.head_weight,
@@ -159,7 +174,9 @@ class HybridLM(Module):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
-        return TokenLoss(*(part.view(labels.shape) for part in loss))
+        # Copies: layers that are computed again for the gradients hand in the same a second time.
+        auxiliary = Auxiliary([*added.terms], [*added.loads])
+        return LMLoss(loss.objective.view(labels.shape), loss.nll.view(labels.shape), auxiliary)
 
     @property
     def head_weight(self) -> Tensor:

@@ -210,7 +210,8 @@ def summary(record: Record) -> str:
         if "accuracy" in shown:
             shown = {key: x for key, x in shown.items() if not key.startswith("nll/")}
         return "eval  " + "  ".join(f"{key} {x:.4f}" for key, x in shown.items())
-    parts = {"loss": "{:.4f}", "lr": "{:.2e}", "grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f} tokens/s"}
+    parts = {"loss": "{:.4f}", "balance": "{:.3f}", "max_load": "{:.2f}", "lr": "{:.2e}"}
+    parts |= {"grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f} tokens/s"}
     words = [
         form.format(record[key]) if "tokens/s" in form else f"{key} {form.format(record[key])}"
         for key, form in parts.items()

@@ -16,11 +16,13 @@ from rich.console import Console
 from hybrid_lm.config.schema import RunConfig, TrainConfig
 from hybrid_lm.data import IGNORE, Batch
 from hybrid_lm.files import DiskError
-from hybrid_lm.ops import TokenLoss
+from hybrid_lm.layers.base import Auxiliary
+from hybrid_lm.model.lm import LMLoss
 from hybrid_lm.terminal import Terminal
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train import optim
 from hybrid_lm.train import run as runs
+from hybrid_lm.train.auxiliary import detached, measures, rebalance
 from hybrid_lm.train.evaluate import to_tensors, validate
 from hybrid_lm.train.log import Log, open_log, read_metrics
 from hybrid_lm.train.process import Signals, own_randomness, peak_memory, seed_step
@@ -56,6 +58,7 @@ class Window:
     steps: int = 0
     data_s: float = 0.0
     seconds: float = 0.0
+    auxiliary: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,10 +82,13 @@ class Outcome(NamedTuple):
     nll: float
     """Sum over the labelled tokens, in nats."""
     objective: float
-    """Sum over the labelled tokens of what is minimised: label smoothing and z-loss included."""
+    """Sum over the labelled tokens of what is minimised: label smoothing, z-loss and the layers' own losses
+    included."""
     labels: int
     grad_norm: float
     """Before clipping. Not finite: the step was skipped."""
+    auxiliary: dict[str, float]
+    """The layers' own losses, without their factors, and how evenly experts were used."""
 
 
 def train(
@@ -183,27 +189,31 @@ def fit(
 def optimizer_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    token_loss: Callable[..., TokenLoss],
+    token_loss: Callable[..., LMLoss],
     batches: list[Batch],
     device: torch.device,
     c: TrainConfig,
 ) -> Outcome:
-    """One step on the mean over all labelled tokens of all batches.
+    """One step on the mean over all labelled tokens of all batches, and on the layers' own losses.
 
-    Accumulating changes the memory and not the gradient: every batch is divided by the labels of all.
+    Accumulating changes the memory and not the gradient: every batch is divided by the labels of all. What
+    the layers add is a mean of the batches: the balance of experts is asked of each of them.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
     n = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-    sums = torch.zeros(2, device=device)
+    sums, passes = torch.zeros(2, device=device), list[Auxiliary]()
     for batch in batches:
         tokens, labels, doc_ids = to_tensors(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bf16"):
             loss = token_loss(
                 tokens, labels, doc_ids=doc_ids, label_smoothing=c.label_smoothing, z_loss=c.z_loss
             )
-        (loss.objective.sum() / max(1, n)).backward()
+        added = loss.auxiliary.objective / len(batches)
+        (loss.objective.sum() / max(1, n) + added).backward()
+        passes.append(detached(loss.auxiliary))
         sums += torch.stack([loss.nll.detach().sum(), loss.objective.detach().sum()])
+        sums[1] += n * passes[-1].objective / len(batches)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     grad_norm = norm.item()
@@ -211,8 +221,10 @@ def optimizer_step(
         if c.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(trained, c.clip_norm, norm)
         optimizer.step()
-    nll, objective = sums.tolist()
-    return Outcome(nll, objective, n, grad_norm)
+        rebalance(passes)
+    found = measures(passes)
+    nll, objective, *values = torch.stack([*sums, *found.values()]).tolist()
+    return Outcome(nll, objective, n, grad_norm, dict(zip(found, values, strict=True)))
 
 
 def count(counters: Counters, outcome: Outcome, batches: list[Batch], data_s: float, seconds: float) -> None:
@@ -233,6 +245,8 @@ def count(counters: Counters, outcome: Outcome, batches: list[Batch], data_s: fl
     w.steps += 1
     w.data_s += data_s
     w.seconds += seconds
+    for name, value in outcome.auxiliary.items():
+        w.auxiliary[name] = w.auxiliary.get(name, 0.0) + value
 
 
 def check_finite(counters: Counters, log: Log, run_dir: Path) -> None:
@@ -263,14 +277,16 @@ def check_result(metrics: dict[str, Any], run_dir: Path) -> None:
 def report(counters: Counters, outcome: Outcome, rate: float, device: torch.device) -> dict[str, Any]:
     """The training record of the window, which begins anew.
 
-    loss, objective: nats per labelled token, means over the window; grad_norm, lr: of the last step; tokens:
-    read since the beginning; step_s: seconds per step, validation and saving not counted; data_share: part of
+    loss, objective: nats per labelled token, means over the window; balance, router_z, max_load (see
+    `train.auxiliary`): means over its steps; grad_norm, lr: of the last step; tokens: read since the
+    beginning; step_s: seconds per step, validation and saving not counted; data_share: part of
     them spent on data; memory_mb: peak of the process, or of the GPU; skipped: steps since the beginning.
     """
     w, counters.window = counters.window, Window()
     return {
         "loss": w.nll / max(1, w.labels),
         "objective": w.objective / max(1, w.labels),
+        **{name: value / w.steps for name, value in w.auxiliary.items()},
         "grad_norm": outcome.grad_norm,
         "lr": rate,
         "tokens": counters.tokens,

@@ -163,7 +163,9 @@ def test_a_step_without_a_finite_gradient_changes_nothing(make_config, tmp_path,
 
 def test_ten_bad_steps_in_a_row_end_the_run(make_config, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(
-        loop, "optimizer_step", lambda *args: loop.Outcome(1.0, 1.0, 1, float("nan") if calls() > 4 else 1.0)
+        loop,
+        "optimizer_step",
+        lambda *args: loop.Outcome(1.0, 1.0, 1, float("nan") if calls() > 4 else 1.0, {}),
     )
     count = iter(range(1, 100))
     calls = count.__next__
