@@ -30,9 +30,12 @@ FAMILIES = Registry(
         "bamba": "hybrid_lm.hf.families.bamba:FAMILY",
         "falcon_h1": "hybrid_lm.hf.families.falcon_h1:FAMILY",
         "jamba": "hybrid_lm.hf.families.jamba:FAMILY",
+        "zamba2": "hybrid_lm.hf.families.zamba2:FAMILY",
         "granitemoehybrid": "hybrid_lm.hf.families.granitemoehybrid:FAMILY",
+        "nemotron_h": "hybrid_lm.hf.families.nemotron_h:FAMILY",
         "qwen3_5_text": "hybrid_lm.hf.families.qwen3_5_text:FAMILY",
         "olmo_hybrid": "hybrid_lm.hf.families.olmo_hybrid:FAMILY",
+        "qwen3_next": "hybrid_lm.hf.families.qwen3_next:FAMILY",
         "lfm2": "hybrid_lm.hf.families.lfm2:FAMILY",
     },
 )
