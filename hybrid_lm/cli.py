@@ -174,7 +174,11 @@ VERBS = {
         "layers, parameters, memory, operations, backends; runs nothing",
         "hybrid-lm show demo/samba model.d_model=256",
         [
-            option("config", help="a YAML file, a shipped name, the folder of a run, layers, or backends"),
+            option(
+                "config",
+                help="a YAML file, a shipped name, the folder of a run or of a Hugging Face model, layers, "
+                "families, or backends",
+            ),
             OVERRIDES,
             option("--context", type=count(), default=2048, help="tokens in view, for the operations"),
             option("--yaml", action="store_true", help="the whole configuration, defaults included"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid_lm.config.load import architecture_hash, load_config
+from hybrid_lm.config.load import architecture_hash, load_config, parse_config
 from hybrid_lm.config.pattern import canon, expand
 from hybrid_lm.config.schema import RunConfig
 from hybrid_lm.eval.table import print_table, size
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def configuration(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a file, of a shipped name, or of a run's folder."""
+    """The configuration of a file, of a shipped name, of a run's folder or of a Hugging Face folder."""
+    if (Path(name) / "config.json").is_file():
+        data = {"kind": "text", "tokenizer": {"kind": "bytes"}}
+        return parse_config({"init_from": {"path": name}, "data": data}, name, overrides)
     return load_config(Path(name) / "config.yaml" if is_run(Path(name)) else name, overrides)
 
 
