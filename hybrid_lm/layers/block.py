@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class LoRA(Module):
 class Adapted(nn.Module):
     """A matrix that is somebody else's, and one's own addition to it: some rows of a LoRA."""
 
-    def __init__(self, linear: Linear, lora: LoRA, rows: slice):
+    def __init__(self, linear: nn.Module, lora: LoRA, rows: slice):
         super().__init__()
         self.linear, self.lora, self.rows = linear, lora, rows
 
@@ -129,27 +129,47 @@ class Shared(Layer):
         super().__init__(core.d_in, LayerOptions(), d_out=core.d_out)
         # As its core does: of the object here, of the class elsewhere.
         self.reads_raw = core.reads_raw  # type: ignore[misc]
+        # In tuples, so that the weights are registered once, by their owner, and saved once.
+        self._core = (core,)
         self.lora = nn.ModuleDict()
-        view: nn.Module = core
+        self.additions: list[tuple[str, str, slice]] = []
         if per_call is not None and per_call.lora is not None:
             for entry in per_call.lora.on:
-                view = self.adapted(view, entry.split("+"), per_call.lora.rank)
-        # In a tuple, so that the weights are registered once, by their owner, and saved once.
-        self._core, self._view = (core,), (view,)
+                self.add_to(entry.split("+"), per_call.lora.rank)
+        self._parts, self._view = tuple(core.modules()), (self.make_view(),)
         square = per_call is not None and per_call.out_proj
         self.out_proj = Linear(core.d_out, core.d_out, kind="output") if square else None
 
-    def adapted(self, view: nn.Module, names: list[str], rank: int) -> nn.Module:
-        """The view with one more addition of this occurrence's, to the matrices of these names."""
-        matrices = together(view.layer if isinstance(view, Branch) else view, names)
+    def add_to(self, names: list[str], rank: int) -> None:
+        """One more addition of this occurrence's, to the matrices of these names together."""
+        inner = isinstance(self.core, Branch)
+        matrices = together(self.core.layer if isinstance(self.core, Branch) else self.core, names)
         d_out, d_in = sum(len(shared.weight) for shared in matrices), matrices[0].weight.shape[1]
-        lora = self.lora["_".join(names).replace(".", "_")] = LoRA(d_out, d_in, rank)
-        start = 0
+        key, start = "_".join(names).replace(".", "_"), 0
+        self.lora[key] = LoRA(d_out, d_in, rank)
         for name, shared in zip(names, matrices, strict=True):
             rows = slice(start, start + len(shared.weight))
-            path = f"layer.{name}" if isinstance(view, Branch) else name
-            view, start = seen_with(view, path, Adapted(shared, lora, rows)), rows.stop
+            self.additions.append((key, f"layer.{name}" if inner else name, rows))
+            start = rows.stop
+
+    def make_view(self) -> nn.Module:
+        """The core as this occurrence sees it."""
+        view: nn.Module = self.core
+        for key, path, rows in self.additions:
+            lora: Any = self.lora[key]
+            view = seen_with(view, path, Adapted(self.core.get_submodule(path), lora, rows))
         return view
+
+    @property
+    def view(self) -> nn.Module:
+        """The core as this occurrence sees it, made anew when a part of it was replaced, as PEFT does."""
+        if self.additions:
+            parts = tuple(self.core.modules())
+            if len(parts) != len(self._parts) or any(
+                a is not b for a, b in zip(parts, self._parts, strict=True)
+            ):
+                self._parts, self._view = parts, (self.make_view(),)
+        return self._view[0]
 
     @property
     def core(self) -> Layer:
@@ -158,14 +178,14 @@ class Shared(Layer):
 
     def train(self, mode: bool = True) -> Self:
         # The view is no submodule, and has a mode of its own.
-        self._view[0].train(mode)
+        self.view.train(mode)
         return super().train(mode)
 
     def empty_state(self, batch: int, *, max_tokens: int | None = None) -> State | None:
         return self.core.empty_state(batch, max_tokens=max_tokens)
 
     def forward(self, x: Tensor, state: State | None, ctx: Context) -> tuple[Tensor, State | None]:
-        y, state = self._view[0](x, state, ctx)
+        y, state = self.view(x, state, ctx)
         return (y if self.out_proj is None else self.out_proj(y, ctx)), state
 
     def mixing_flops(self, context: int) -> float:
