@@ -237,21 +237,13 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Puts another embedding in its place."""
         self.model.embed = value
 
-    def get_output_embeddings(self) -> Linear:
-        """The output matrix (v d); with tied weights it is a module around the embedding's."""
-        if self.model.lm_head is not None:
-            return self.model.lm_head
-        with torch.device("meta"):
-            head = Linear(self.config.hidden_size, self.config.vocab_size, kind="embedding")
-        head.weight = self.model.embed.weight
-        return head
+    def get_output_embeddings(self) -> Linear | None:
+        """The module that holds the output matrix (v d); None with tied weights: it is the embedding's."""
+        return self.model.lm_head
 
     def set_output_embeddings(self, new_embeddings: Linear) -> None:
-        """Puts another output matrix in its place; with tied weights that is the embedding's."""
-        if self.model.lm_head is None:
-            self.model.embed.weight = new_embeddings.weight
-        else:
-            self.model.lm_head = new_embeddings
+        """Puts another output matrix in its place."""
+        self.model.lm_head = new_embeddings
 
     @torch.no_grad()
     def resize_token_embeddings(
