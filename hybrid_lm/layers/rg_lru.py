@@ -76,9 +76,9 @@ class RGLRU(Layer):
         # A block is (inputs outputs): u W, as in the published models.
         block = (o.n_heads, d // o.n_heads, d // o.n_heads)
         self.add("input_gate_weight", block, "matrix")
-        self.add("input_gate_bias", (d,), "bias")
+        self.add("input_gate_bias", block[:2], "bias")
         self.add("recurrent_gate_weight", block, "matrix")
-        self.add("recurrent_gate_bias", (d,), "bias")
+        self.add("recurrent_gate_bias", block[:2], "bias")
         self.add("decay", (d,), "dynamics", decay_start(o.c))
         self.out_proj = Linear(d, self.d_out, bias=o.bias, kind="output")
 
@@ -119,7 +119,7 @@ class RGLRU(Layer):
     def gate(self, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """A block-diagonal product (b t d), in the precision of the decays."""
         blocks = torch.einsum("bthi,hij->bthj", u.unflatten(-1, (self.n_heads, -1)), weight)
-        return blocks.flatten(-2).to(self.decay.dtype) + bias.to(self.decay.dtype)
+        return (blocks.to(self.decay.dtype) + bias.to(self.decay.dtype)).flatten(-2)
 
     def mixing_flops(self, context: int) -> float:
         # Per channel: the taps, the gates' blocks are matrices already, and about twenty elementwise

@@ -38,7 +38,7 @@ def written_out(layer, x, starts, c):
         gates = {}
         for name in ("input_gate", "recurrent_gate"):
             blocks = [u[:, k * w : (k + 1) * w] @ p[f"{name}_weight"][k] for k in range(heads)]
-            gates[name] = torch.sigmoid(torch.cat(blocks, 1) + p[f"{name}_bias"])
+            gates[name] = torch.sigmoid(torch.cat(blocks, 1) + p[f"{name}_bias"].flatten())
         a = torch.exp(-c * F.softplus(p["decay"]) * gates["recurrent_gate"])
         gated = gates["input_gate"] * u
         h = gated if t in starts else a * h + (1 - a.square()).sqrt() * gated
