@@ -34,6 +34,7 @@ FAMILIES = Registry(
         "falcon_h1": "hybrid_lm.hf.families.falcon_h1:FAMILY",
         "jamba": "hybrid_lm.hf.families.jamba:FAMILY",
         "zamba2": "hybrid_lm.hf.families.zamba2:FAMILY",
+        "zamba": "hybrid_lm.hf.families.zamba:FAMILY",
         "granitemoehybrid": "hybrid_lm.hf.families.granitemoehybrid:FAMILY",
         "nemotron_h": "hybrid_lm.hf.families.nemotron_h:FAMILY",
         "qwen3_5_text": "hybrid_lm.hf.families.qwen3_5_text:FAMILY",

@@ -114,7 +114,8 @@ class Injected(Family):
             "inject.residual.dropout": part["residual"]["dropout"],
             "inject.copies": attention["copies"],
             "inject.attention_adapters": adapted,
-            "inject.adapter_rank": rank,
+            # Where the class has adapters in any case, one of ours without has zeros of rank 1.
+            "inject.adapter_rank": rank or int(self.fused),
             "inject.shared": (attention["shared"], mlp["shared"]),
         }
 

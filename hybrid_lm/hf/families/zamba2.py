@@ -10,19 +10,6 @@ from hybrid_lm.hf.fields import Choice, ConversionError, Derived, Fields, Option
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 
-class Adapters(Rule):
-    """`adapter_rank` of the additions that every hybrid layer has; one of ours without gets a rank of 1 and
-    zeros."""
-
-    theirs = ("adapter_rank",)
-
-    def read(self, fields: Fields, ours: Options) -> None:
-        ours["inject.adapter_rank"] = fields["adapter_rank"]
-
-    def write(self, ours: Options, fields: dict[str, Any]) -> None:
-        fields["adapter_rank"] = ours["inject.adapter_rank"]
-
-
 class StepSizes(Rule):
     """`time_step_min`, both the smallest step size there is and the smallest at the start."""
 
@@ -76,7 +63,7 @@ FAMILY = Injected(
         Same("add_bias_linear", "mamba2.bias", "mlp.bias"),
         Same("num_mem_blocks", "inject.copies"),
         Same("use_shared_attention_adapter", "inject.attention_adapters"),
-        Adapters(),
+        Same("adapter_rank", "inject.adapter_rank"),
         Same("num_attention_heads", "attention.n_heads"),
         Same("num_key_value_heads", "attention.n_kv_heads", default=lambda f: f["num_attention_heads"]),
         Derived("attention.head_dim", lambda f: f["attention_head_dim"]),
