@@ -57,7 +57,22 @@ COMMON = frozenset(
 FALSE = frozenset(["add_cross_attention", "is_decoder", "is_encoder_decoder"])
 """Fields of any configuration that are read only if they are false."""
 
-TRAINING = frozenset(["A_range", "chunk", "dropout", "dt_floor", "dt_max", "dt_min", "expand", "init"])
+TRAINING = frozenset(
+    [
+        "A_range",
+        "balance",
+        "balance_factor",
+        "balance_rate",
+        "chunk",
+        "dropout",
+        "dt_floor",
+        "dt_max",
+        "dt_min",
+        "expand",
+        "init",
+        "z_loss",
+    ]
+)
 """Options that say how a model starts, trains or is cut into pieces: two models that differ in these only
 compute the same. `expand` is here because `d_inner` says it."""
 

@@ -411,6 +411,24 @@ class Either(Same):
 
 
 class Inverse(Rule):
+class EitherChoice(Choice):
+    """A choice for an option of several types of layer, some of which a model may have none of."""
+
+    def __init__(self, theirs: str, ours: Sequence[str], values: Mapping[Any, Any]):
+        super().__init__(theirs, ours[0], values)
+        self.each = [Choice(theirs, path, values) for path in ours]
+
+    def read(self, fields: Fields, ours: Options) -> None:
+        for choice in self.each:
+            choice.read(fields, ours)
+
+    def write(self, ours: Options, fields: dict[str, Any]) -> None:
+        for choice in self.each:
+            with suppress(Absent):
+                return choice.write(ours, fields)
+        raise Absent(self.ours)
+
+
     """A divisor there, a factor here."""
 
     def __init__(self, theirs: str, ours: str):
