@@ -42,6 +42,7 @@ FAMILIES = Registry(
         "qwen3_next": "hybrid_lm.hf.families.qwen3_next:FAMILY",
         "lfm2": "hybrid_lm.hf.families.lfm2:FAMILY",
         "recurrent_gemma": "hybrid_lm.hf.families.recurrent_gemma:FAMILY",
+        "deepseek_v3": "hybrid_lm.hf.families.deepseek_v3:FAMILY",
     },
 )
 """In the order in which an export looks for a class that fits."""
