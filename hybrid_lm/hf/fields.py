@@ -394,8 +394,10 @@ class WindowsByLayer(Rule):
         if len(there) > 1:
             raise ConversionError(f"attention.window is {listed(sorted(there))}, it has one for all layers")
         if self.switched:
-            fields |= {"use_sliding_window": bool(there), "max_window_layers": 0}
-        fields["sliding_window"] = next(iter(there), None)
+            fields |= {"use_sliding_window": bool(there), "sliding_window": None, "max_window_layers": 0}
+        # The classes without a switch want a number whether a layer has it or not: their default.
+        if there:
+            fields["sliding_window"] = there.pop()
         fields["layer_types"] = [WINDOWED[window is not None] for window in windows]
 
 
@@ -410,7 +412,6 @@ class Either(Same):
         raise Absent(self.ours[0])
 
 
-class Inverse(Rule):
 class EitherChoice(Choice):
     """A choice for an option of several types of layer, some of which a model may have none of."""
 
@@ -429,6 +430,7 @@ class EitherChoice(Choice):
         raise Absent(self.ours)
 
 
+class Inverse(Rule):
     """A divisor there, a factor here."""
 
     def __init__(self, theirs: str, ours: str):

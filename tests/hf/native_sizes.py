@@ -18,4 +18,3 @@ MAMBA = {**SIZES, "state_size": 8, "time_step_min": 0.01, "time_step_max": 0.5, 
 MAMBA2 = {**SIZES, "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8}
 
 NEOX = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}
-NEOX |= {"use_parallel_residual": False}

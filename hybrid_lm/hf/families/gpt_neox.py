@@ -1,10 +1,8 @@
-"""GPT-NeoX, one layer after the other (RedPajama-INCITE). Black et al. 2022, arXiv:2204.06745.
-
-Attention and MLP beside each other (`use_parallel_residual`, Pythia) have a norm each there, and one here.
-"""
+"""GPT-NeoX: attention and MLP beside each other, with a norm each (Pythia), or one after the other
+(RedPajama-INCITE). Black et al. 2022, arXiv:2204.06745."""
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Choice, Derived, Must, Rope, Same, Uniform
+from hybrid_lm.hf.fields import Choice, Derived, Rope, Same, Switch
 from hybrid_lm.hf.weights import BY_HEAD, linear, row
 
 ACTS = {
@@ -19,7 +17,7 @@ QKV = ("attention:layer.q_proj", "attention:layer.k_proj", "attention:layer.v_pr
 FAMILY = Family(
     name="gpt_neox",
     class_name="GPTNeoXForCausalLM",
-    layout=Uniform("attention mlp"),
+    layout=Switch("use_parallel_residual", {True: "attention+mlp", False: "attention mlp"}),
     rules=(
         Same("vocab_size", "vocab_size"),
         Same("hidden_size", "d_model"),
@@ -34,7 +32,7 @@ FAMILY = Family(
         Same("hidden_dropout", "block.dropout", "embedding.dropout"),
         Same("tie_word_embeddings", "embedding.tied"),
         Rope(partial=True),
-        Must("use_parallel_residual", False),
+        Derived("block.placement", lambda f: "pre_each" if f["use_parallel_residual"] else "pre"),
     ),
     fixed={"block.norm": "layernorm", "block.bias": True, "mlp.gated": False, "mlp.bias": True},
     ignored=frozenset(["classifier_dropout"]),

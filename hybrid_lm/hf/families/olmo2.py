@@ -6,6 +6,17 @@ from hybrid_lm.hf.family import Family
 from hybrid_lm.hf.fields import Rope, Same, Uniform
 from hybrid_lm.hf.weights import row
 
+FIXED = {"block.placement": "post", "attention.qk_norm": "full"}
+ROWS = (
+    *ENDS,
+    *ATTENTION,
+    row("model.layers.#.self_attn.q_norm.weight", "attention:layer.q_norm.weight"),
+    row("model.layers.#.self_attn.k_norm.weight", "attention:layer.k_norm.weight"),
+    row("model.layers.#.post_attention_layernorm.weight", "attention:post_norm.weight"),
+    *MLP,
+    row("model.layers.#.post_feedforward_layernorm.weight", "mlp:post_norm.weight"),
+)
+
 FAMILY = Family(
     name="olmo2",
     class_name="Olmo2ForCausalLM",
@@ -17,14 +28,6 @@ FAMILY = Family(
         Same("attention_bias", "attention.qkv_bias", "attention.out_bias"),
         Rope(),
     ),
-    fixed={"block.placement": "post", "attention.qk_norm": "full"},
-    rows=(
-        *ENDS,
-        *ATTENTION,
-        row("model.layers.#.self_attn.q_norm.weight", "attention:layer.q_norm.weight"),
-        row("model.layers.#.self_attn.k_norm.weight", "attention:layer.k_norm.weight"),
-        row("model.layers.#.post_attention_layernorm.weight", "attention:post_norm.weight"),
-        *MLP,
-        row("model.layers.#.post_feedforward_layernorm.weight", "mlp:post_norm.weight"),
-    ),
+    fixed=FIXED,
+    rows=ROWS,
 )

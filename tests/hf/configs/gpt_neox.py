@@ -3,8 +3,9 @@
 from native_sizes import NEOX, YARN
 
 CONFIGS = [
-    {**NEOX, "layer_norm_eps": 1e-2, "hidden_dropout": 0.1},
-    {**NEOX, "attention_bias": False, "hidden_act": "relu", "tie_word_embeddings": True},
+    {**NEOX, "use_parallel_residual": False, "layer_norm_eps": 1e-2, "hidden_dropout": 0.1},
+    {**NEOX, "layer_norm_eps": 1e-2, "attention_bias": False, "hidden_act": "relu"},
+    {**NEOX, "use_parallel_residual": False, "tie_word_embeddings": True},
     # 0.3 of 16 channels is 4.8: they rotate 4.
     {**NEOX, "rope_parameters": {**YARN, "partial_rotary_factor": 0.3}},
 ]

@@ -1,0 +1,60 @@
+"""Command R7B and A (Cohere 2): attention and MLP beside each other on one norm; layers with a window rotate
+neighbouring pairs, the others have no positions. Cohere 2025, arXiv:2504.00698."""
+
+from hybrid_lm.hf.families.llama import ATTENTION, ENDS, MLP, SIZES, head_dim
+from hybrid_lm.hf.family import Family
+from hybrid_lm.hf.fields import Fields, Options, Rope, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.weights import row
+
+
+def rope_on_windows(ours: Options) -> None:
+    """Takes the positions from layers without a window."""
+    for _, layer in ours.each("attention"):
+        if layer["attention.window"] is None:
+            layer["attention.rope"] = None
+
+
+class RopeOnWindows(Rope):
+    """Rotary positions on layers with a window."""
+
+    def read(self, fields: Fields, ours: Options) -> None:
+        super().read(fields, ours)
+        rope_on_windows(ours)
+
+
+FAMILY = Family(
+    name="cohere2",
+    class_name="Cohere2ForCausalLM",
+    layout=Uniform("attention+mlp"),
+    rules=(
+        *SIZES,
+        Same("head_dim", "attention.head_dim", default=head_dim),
+        Same("layer_norm_eps", "block.eps"),
+        Same("attention_bias", "attention.qkv_bias", "attention.out_bias"),
+        Same("logit_scale", "head.multiplier"),
+        WindowsByLayer(switched=False),
+        RopeOnWindows(interleaved=True, sparse=True),
+    ),
+    fixed={"block.norm": "layernorm"},
+    # What other implementations can switch is always the same here; layer_types says where the windows are.
+    ignored=frozenset(
+        [
+            "layer_switch",
+            "order_of_interleaved_layers",
+            "position_embedding_type",
+            "rotary_pct",
+            "sliding_window_pattern",
+            "use_embedding_sharing",
+            "use_gated_activation",
+            "use_parallel_block",
+            "use_parallel_embedding",
+            "use_qk_norm",
+        ]
+    ),
+    rows=(
+        *ENDS,
+        row("model.layers.#.input_layernorm.weight", "attention:pre_norm.weight"),
+        *ATTENTION,
+        *MLP,
+    ),
+)

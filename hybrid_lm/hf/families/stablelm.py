@@ -1,0 +1,51 @@
+"""StableLM: Llama's matrices, layer norms, heads that are rotated in part; attention and MLP one after the
+other, or beside each other on one norm. Bellagente et al. 2024, arXiv:2402.17834."""
+
+from typing import Any
+
+from hybrid_lm.hf.families.llama import ATTENTION, MLP, SIZES, head_dim
+from hybrid_lm.hf.family import Family
+from hybrid_lm.hf.fields import ConversionError, Derived, Fields, Must, Options, Rope, Rule, Same, Switch
+from hybrid_lm.hf.weights import linear, row
+
+
+class Dropout(Rule):
+    """`hidden_dropout`, which is for the output of the MLP only."""
+
+    theirs = ("hidden_dropout",)
+
+    def read(self, fields: Fields, ours: Options) -> None:
+        if rate := fields["hidden_dropout"]:
+            if fields["use_parallel_residual"]:
+                raise ConversionError(f"hidden_dropout = {rate} of one of two parallel layers: only 0.0")
+            ours["mlp.residual.dropout"] = rate
+
+    def write(self, ours: Options, fields: dict[str, Any]) -> None:
+        fields["hidden_dropout"] = ours["mlp.residual.dropout"]
+
+
+FAMILY = Family(
+    name="stablelm",
+    class_name="StableLmForCausalLM",
+    layout=Switch("use_parallel_residual", {False: "attention mlp", True: "attention+mlp"}),
+    rules=(
+        *SIZES,
+        Derived("attention.head_dim", head_dim),
+        Same("layer_norm_eps", "block.eps"),
+        Same("use_qkv_bias", "attention.qkv_bias"),
+        Dropout(),
+        Rope(partial=True),
+        # A layer norm for each head, with weights of its own (StableLM 2 12B).
+        Must("qk_layernorm", False),
+    ),
+    fixed={"block.norm": "layernorm", "block.bias": True},
+    rows=(
+        row("model.embed_tokens.weight", "embed.weight"),
+        *linear("model.layers.#.input_layernorm", "attention:pre_norm"),
+        *ATTENTION,
+        *linear("model.layers.#.post_attention_layernorm", "mlp:pre_norm"),
+        *MLP,
+        *linear("model.norm", "final_norm"),
+        row("lm_head.weight", "lm_head.weight"),
+    ),
+)
