@@ -120,9 +120,9 @@ class MoE(Layer):
             "alpha": 1.5,
         },
         {
-            "n_experts": 8,
+            "n_experts": 6,
             "router": "sigmoid",
-            "n_groups": 4,
+            "n_groups": 3,
             "top_k_groups": 2,
             "d_ff": 16,
             "act": "relu2",
