@@ -19,7 +19,7 @@ from hybrid_lm.config.pattern import expand
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf.cache import HybridLMCache
 from hybrid_lm.hf.inputs import documents, mask_of
-from hybrid_lm.layers.base import Module
+from hybrid_lm.layers.base import Auxiliary, Module
 from hybrid_lm.layers.block import Residual
 from hybrid_lm.layers.parts import Embedding, Linear
 from hybrid_lm.model.build import build_model
@@ -190,6 +190,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden: list[Tensor] | None = [] if output_hidden_states else None
+        added = Auxiliary([], []) if labels is not None and self.training else None
         x, _ = self.model.features(
             input_ids,
             state=state,
@@ -197,6 +198,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             positions=position_ids,
             embeds=inputs_embeds,
             hidden=hidden,
+            auxiliary=added,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(x[:, keep])
@@ -205,6 +207,8 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
+            if added is not None and added.terms:
+                loss = loss + balance_loss(self.model, added, labels, kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -269,6 +273,16 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             self.config.vocab_size = self.config.architecture["vocab_size"] = n
             self.model.config = self.model.config.model_copy(update={"vocab_size": n})
         return self.model.embed
+
+
+def balance_loss(model: HybridLM, added: Auxiliary, labels: Tensor, num_items: int | Tensor | None) -> Any:
+    """What layers add to the loss of a batch: its share, if a step is a mean over `num_items` labels."""
+    how = getattr(model._gradient_checkpointing_func, "keywords", {})
+    if model.gradient_checkpointing and how.get("use_reentrant"):
+        raise ValueError("the balance losses of experts get no gradient with use_reentrant; set it to False")
+    return (
+        added.objective if num_items is None else added.objective * (labels[:, 1:] != -100).sum() / num_items
+    )
 
 
 def resize(owner: Module | None, name: str, n: int, mean: bool) -> None:

@@ -126,6 +126,18 @@ class Context:
             self.made[key] = make()
         return self.made[key]
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Context:
+        """The same for a layer on another device: accelerate asks for it where a model is on several."""
+        if self.positions.device == torch.device(device):
+            return self
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved, made={})
+
 
 @dataclass
 class State:

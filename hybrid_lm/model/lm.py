@@ -146,7 +146,13 @@ class HybridLM(Module):
     def logits(self, x: Tensor) -> Tensor:
         """x (... d) -> (... v)."""
         head = self.config.head
-        logits = linear(x, self.head_weight, self.lm_bias, backend=self.backends.get("linear"))
+        if self.lm_head is None:
+            logits = linear(x, self.embed.weight, backend=self.backends.get("linear"))
+        else:
+            # A call of the module, for it may have been replaced by one that adds to it (PEFT).
+            logits = self.lm_head(x, Context(x.new_empty(0), backends=self.backends))
+        if self.lm_bias is not None:
+            logits = logits + self.lm_bias
         if head.multiplier != 1.0:
             logits = logits * head.multiplier
         return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
