@@ -1,6 +1,8 @@
 """Matrix products by group: each row is multiplied by the matrix of its group, as the experts of a mixture
 need it."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -45,18 +47,25 @@ def _grouped_linear_torch(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor 
     return _products(x.to(product), weight.to(product), bias, ends)
 
 
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The groups that have rows, and their rows."""
+    begin = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > begin:
+            yield group, slice(begin, end)
+        begin = end
+
+
 # A loop over groups whose sizes are in a tensor is no graph: to torch.compile it is one operator.
 @torch.library.custom_op("hybrid_lm::grouped_products", mutates_args=())
 @full_precision
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
-    y, begin = x.new_empty(len(x), weight.shape[1]), 0
-    for group, end in enumerate(ends.tolist()):
-        rows, matrix = x[begin:end], weight[group].T
-        if bias is not None:
-            torch.addmm(bias[group], rows, matrix, out=y[begin:end])
-        elif end > begin:
-            torch.mm(rows, matrix, out=y[begin:end])
-        begin = end
+    y = x.new_empty(len(x), weight.shape[1])
+    for group, rows in _groups(ends):
+        if bias is None:
+            torch.mm(x[rows], weight[group].T, out=y[rows])
+        else:
+            torch.addmm(bias[group], x[rows], weight[group].T, out=y[rows])
     return y
 
 
@@ -66,15 +75,12 @@ def _products_backward(
     grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    gx, gweight, begin = torch.empty_like(x), torch.zeros_like(weight), 0
+    gx, gweight = torch.empty_like(x), torch.zeros_like(weight)
     gbias = weight.new_zeros(weight.shape[:2])
-    for group, end in enumerate(ends.tolist()):
-        if end > begin:
-            mine = grad[begin:end]
-            torch.mm(mine, weight[group], out=gx[begin:end])
-            torch.mm(mine.T, x[begin:end], out=gweight[group])
-            torch.sum(mine, 0, out=gbias[group])
-        begin = end
+    for group, rows in _groups(ends):
+        torch.mm(grad[rows], weight[group], out=gx[rows])
+        torch.mm(grad[rows].T, x[rows], out=gweight[group])
+        torch.sum(grad[rows], 0, out=gbias[group])
     return gx, gweight, gbias
 
 
