@@ -33,7 +33,14 @@ class TokenState(State):
         return {name: x[:, : self.length] for name, x in super().tensors(prefix).items()}
 
     def map(self, fn: Callable[[str, Tensor | None], Tensor | None], prefix: str = "") -> Self:
-        return super().map(lambda name, x: fn(name, None if x is None else x[:, : self.length]), prefix)
+        # The room stays: who asked for it must not pay for growth because beams were sorted.
+        room = self._buffers()[0].shape[1] - self.length
+
+        def used(name: str, x: Tensor | None) -> Tensor | None:
+            y = fn(name, None if x is None else x[:, : self.length])
+            return None if y is None else _room(y, room)
+
+        return super().map(used, prefix)
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
         """Remembers t more tokens, given as `entries` are; returns the entries of all that they may look at,
