@@ -35,6 +35,7 @@ COMMON = frozenset(
         "architectures",
         "auto_map",
         "bos_token_id",
+        "cache_implementation",
         "chunk_size_feed_forward",
         "dtype",
         "eos_token_id",
@@ -117,6 +118,10 @@ class Family:
     """What old checkpoints leave out at the start of every key but the head's."""
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Endings of keys that old checkpoints have and that are no parameters."""
+    unread: tuple[str, ...] = ()
+    """Beginnings of keys of parts that the class does not run either."""
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    """Parts of keys as some checkpoints have them, and as they are in `rows`."""
     cached_differs: Callable[[Fields], bool] = lambda fields: False
     """Whether their decoding with a cache is known to differ from their own forward pass."""
     tolerance: float = TOLERANCE

@@ -3,7 +3,7 @@ neighbouring pairs, the others have no positions. Cohere 2025, arXiv:2504.00698.
 
 from hybrid_lm.hf.families.llama import ATTENTION, ENDS, MLP, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Fields, Options, Rope, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Agrees, Fields, Options, Rope, Same, Uniform, WindowsByLayer
 from hybrid_lm.hf.weights import row
 
 
@@ -34,23 +34,18 @@ FAMILY = Family(
         Same("logit_scale", "head.multiplier"),
         WindowsByLayer(switched=False),
         RopeOnWindows(interleaved=True, sparse=True),
+        # What the first implementation could switch, and this one does not read.
+        Agrees("order_of_interleaved_layers", lambda f: "local_attn_first"),
+        Agrees("position_embedding_type", lambda f: "rope_gptj"),
+        Agrees("rotary_pct", lambda f: 1.0),
+        Agrees("use_embedding_sharing", lambda f: f["tie_word_embeddings"]),
+        Agrees("use_gated_activation", lambda f: True),
+        Agrees("use_parallel_block", lambda f: True),
+        Agrees("use_qk_norm", lambda f: False),
     ),
     fixed={"block.norm": "layernorm"},
-    # What other implementations can switch is always the same here; layer_types says where the windows are.
-    ignored=frozenset(
-        [
-            "layer_switch",
-            "order_of_interleaved_layers",
-            "position_embedding_type",
-            "rotary_pct",
-            "sliding_window_pattern",
-            "use_embedding_sharing",
-            "use_gated_activation",
-            "use_parallel_block",
-            "use_parallel_embedding",
-            "use_qk_norm",
-        ]
-    ),
+    # layer_types says where the windows are; how a table is cut over machines is nobody's matter here.
+    ignored=frozenset(["layer_switch", "sliding_window_pattern", "use_parallel_embedding"]),
     rows=(
         *ENDS,
         row("model.layers.#.input_layernorm.weight", "attention:pre_norm.weight"),

@@ -26,8 +26,8 @@ RULES: tuple[Rule, ...] = (
 """The fields that Gemma 2 and 3 have in common."""
 
 FIXED = {"block.placement": "sandwich", "block.unit_offset": True}
-# Checkpoints say the activation a second time, under a name that the class does not read.
-IGNORED = frozenset(["hidden_act"])
+# Checkpoints say the activation and the window a second time, under names that the class does not read.
+IGNORED = frozenset(["hidden_act", "sliding_window_size"])
 ROWS = (
     *ENDS,
     row("model.layers.#.input_layernorm.weight", "attention:pre_norm.weight"),

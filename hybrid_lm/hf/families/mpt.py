@@ -6,7 +6,7 @@ The class makes its table of penalties `max_seq_len` long and cannot go beyond i
 
 from typing import Any
 
-from hybrid_lm.hf.family import Family
+from hybrid_lm.hf.family import COMMON, Family
 from hybrid_lm.hf.fields import ConversionError, Derived, Fields, Must, Options, Rule, Same, Uniform, shown
 from hybrid_lm.hf.weights import FUSED, row
 
@@ -30,9 +30,11 @@ class AttnConfig(Rule):
 
     def read(self, fields: Fields, ours: Options) -> None:
         given = fields["attn_config"]
-        for key, value in USUAL.items():
-            if given.get(key, value) != value:
-                raise ConversionError(f"attn_config.{key} = {given[key]!r}: only {shown(value)}")
+        for key, value in given.items():
+            if key in USUAL and value != USUAL[key]:
+                raise ConversionError(f"attn_config.{key} = {value!r}: only {shown(USUAL[key])}")
+            if value and key not in (*USUAL, *COMMON, "attn_impl", "attn_pdrop", "softmax_scale"):
+                raise ConversionError(f"unknown field attn_config.{key} = {value!r}")
         ours["attention.scale"] = given.get("softmax_scale")
         # Their one rate is for attention weights and for the outputs of both layers.
         ours["attention.dropout"] = ours["block.dropout"] = float(given.get("attn_pdrop", 0.0))

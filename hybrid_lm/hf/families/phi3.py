@@ -9,7 +9,7 @@ from typing import Any
 
 from hybrid_lm.hf.families.llama import ENDS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Options, Rope, Same, Uniform
+from hybrid_lm.hf.fields import Agrees, Options, Rope, Same, Uniform
 from hybrid_lm.hf.weights import FUSED, row
 
 
@@ -37,8 +37,14 @@ FAMILY = Family(
         Same("resid_pdrop", "block.dropout"),
         Same("sliding_window", "attention.window"),
         Phi3Rope(partial=True),
+        Agrees("partial_rotary_factor", lambda f: f["rope_parameters"].get("partial_rotary_factor")),
+        Agrees("attention_bias", lambda f: False),
+        Agrees("lm_head_bias", lambda f: False),
+        Agrees("mlp_bias", lambda f: False),
+        Agrees("full_attn_mod", lambda f: 1),
+        Agrees("interpolate_factor", lambda f: 1),
     ),
-    # The class has no dropout of embeddings, and attention_bias and mlp_bias were never in its code.
+    # The class drops no embeddings.
     ignored=frozenset(["embd_pdrop"]),
     rows=(
         *ENDS,

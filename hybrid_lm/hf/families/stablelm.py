@@ -5,7 +5,18 @@ from typing import Any
 
 from hybrid_lm.hf.families.llama import ATTENTION, MLP, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import ConversionError, Derived, Fields, Must, Options, Rope, Rule, Same, Switch
+from hybrid_lm.hf.fields import (
+    Agrees,
+    ConversionError,
+    Derived,
+    Fields,
+    Must,
+    Options,
+    Rope,
+    Rule,
+    Same,
+    Switch,
+)
 from hybrid_lm.hf.weights import linear, row
 
 
@@ -37,6 +48,8 @@ FAMILY = Family(
         Rope(partial=True),
         # A layer norm for each head, with weights of its own (StableLM 2 12B).
         Must("qk_layernorm", False),
+        Agrees("num_heads", lambda f: f["num_attention_heads"]),
+        Agrees("rotary_scaling_factor", lambda f: 1.0),
     ),
     fixed={"block.norm": "layernorm", "block.bias": True},
     rows=(
