@@ -17,7 +17,7 @@ from hybrid_lm.config.dump import architecture
 from hybrid_lm.config.pattern import canon, expand
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf.family import Family, flat, nested
-from hybrid_lm.hf.fields import Block, ConversionError, Fields, Listed, Options, Rule, listed
+from hybrid_lm.hf.fields import Block, ConversionError, Fields, Listed, Options, Rule, block, listed
 from hybrid_lm.hf.weights import FUSED, Placed, Row, Transform, row, unrolled
 from hybrid_lm.registry import table
 
@@ -31,6 +31,9 @@ class Hybrid(Listed):
     def __init__(self, mamba: str):
         parts = {"linear_attention": mamba, "hybrid": "+".join(["attention", "inject", mamba, "mlp"])}
         super().__init__("layers_block_type", parts)
+        self.alone, self.whole = self.blocks
+        # The tables see the parts of an injection; from outside it is one layer.
+        self.blocks = (block(mamba), block("inject"))
 
 
 class Tied(Rule):
@@ -48,9 +51,9 @@ class Tied(Rule):
         fields["tie_word_embeddings"] = True
 
 
-def half_scale(fields: Fields) -> float:
+def half_scale(head_dim: int) -> float:
     """Their factor on the scores: of heads half as wide, as they would be over the stream alone."""
-    return (fields["attention_head_dim"] / 2) ** -0.5
+    return (head_dim / 2) ** -0.5
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Injected(Family):
 
     def describe(self, config: ModelConfig) -> Options:
         expanded = architecture(config)
-        alone, whole = self.layout.blocks
+        assert isinstance(self.layout, Hybrid)
         layers: list[dict[str, Any]] = []
         blocks: list[Block] = []
         for i, item in enumerate(expanded.pop("layers")):
@@ -82,7 +85,7 @@ class Injected(Family):
             if "shared" in part:
                 raise ConversionError(f"layer {i} shares its weights")
             layers.append(self.hybrid(i, part, config.d_model) if shared else of_part(part, config.d_model))
-            blocks.append(whole if shared else alone)
+            blocks.append(self.layout.whole if shared else self.layout.alone)
         used = {layer["inject.shared"] for layer in layers if "inject.shared" in layer}
         if len(used) != 1:
             many = "several sets of shared recipes" if used else "no layer with a shared block"
@@ -162,8 +165,9 @@ class Injected(Family):
 
     def shared_rows(self, config: ModelConfig, hybrids: Sequence[int], copies: int) -> Iterator[Row]:
         """The shared blocks, which are stored in the first hybrid layer that uses them."""
-        recipe = next(recipe for recipe in config.layers.values() if recipe.type == "inject")
-        a, f = expand(str(recipe.options["block"]), list(config.layers))
+        names = list(config.layers)
+        used = (config.layers[name] for name in expand(config.pattern, names, config.depth))
+        a, f = next(expand(recipe.options["block"], names) for recipe in used if recipe.type == "inject")
         for k, i in enumerate(hybrids[:copies]):
             there = f"model.layers.{i}.{self.shared}."
             here_a, here_f = f"shared.{a}.{k}.", f"shared.{f}.{k}."

@@ -51,7 +51,7 @@ FAMILY = Injected(
         Same("num_key_value_heads", "attention.n_kv_heads"),
         Same("attention_head_dim", "attention.head_dim"),
         Agrees("attention_hidden_size", lambda f: 2 * f["hidden_size"]),
-        Derived("attention.scale", half_scale),
+        Derived("attention.scale", lambda f: half_scale(f["attention_head_dim"])),
         Same("attention_dropout", "attention.dropout"),
         Same("intermediate_size", "mlp.d_ff"),
         Choice("hidden_act", "mlp.act", ACTS),

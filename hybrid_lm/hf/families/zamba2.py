@@ -6,8 +6,29 @@ from typing import Any
 
 from hybrid_lm.hf.families.injected import Hybrid, Injected, Tied, half_scale
 from hybrid_lm.hf.families.llama import ACTS
-from hybrid_lm.hf.fields import Choice, ConversionError, Derived, Fields, Options, Rope, Rule, Same, Whole
+from hybrid_lm.hf.fields import (
+    Agrees,
+    Choice,
+    ConversionError,
+    Derived,
+    Fields,
+    Options,
+    Rope,
+    Rule,
+    Same,
+    Whole,
+)
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
+
+
+def mamba_head_dim(fields: Fields) -> int:
+    """Channels of a head of Mamba-2."""
+    return fields["mamba_expand"] * fields["hidden_size"] // fields["n_mamba_heads"]
+
+
+def head_dim(fields: Fields) -> int:
+    """Width of a head of attention, which reads the stream and the embeddings."""
+    return 2 * fields["hidden_size"] // fields["num_attention_heads"]
 
 
 class StepSizes(Rule):
@@ -16,14 +37,39 @@ class StepSizes(Rule):
     theirs = ("time_step_min",)
 
     def read(self, fields: Fields, ours: Options) -> None:
-        ours["mamba2.dt_limit"] = (fields["time_step_min"], math.inf)
-        ours["mamba2.dt_min"] = fields["time_step_min"]
+        low = fields["time_step_min"]
+        if low <= 0:
+            raise ConversionError(f"time_step_min = {low}: the class takes its logarithm")
+        ours["mamba2.dt_limit"] = (low, math.inf)
+        ours["mamba2.dt_min"] = min(low, fields["time_step_max"])
 
     def write(self, ours: Options, fields: dict[str, Any]) -> None:
         low, high = ours["mamba2.dt_limit"]
-        if high != math.inf:
-            raise ConversionError(f"mamba2.dt_limit is {low}, {high}, it has no upper limit")
+        if low <= 0 or high != math.inf:
+            raise ConversionError(
+                f"mamba2.dt_limit is {low}, {high}, it has a lower limit above 0 and no upper one"
+            )
         fields["time_step_min"] = low
+
+
+class AttentionAdapters(Rule):
+    """`use_shared_attention_adapter`: additions to queries, keys and values, all as wide as the input."""
+
+    theirs = ("use_shared_attention_adapter",)
+
+    def read(self, fields: Fields, ours: Options) -> None:
+        ours["inject.attention_adapters"] = fields["use_shared_attention_adapter"]
+
+    def write(self, ours: Options, fields: dict[str, Any]) -> None:
+        there, wide = ours["inject.attention_adapters"], 2 * ours["d_model"]
+        if there and (keys := ours["attention.n_kv_heads"] * ours["attention.head_dim"]) != wide:
+            raise ConversionError(f"per_call.lora on keys of width {keys}, it has additions of {wide}")
+        fields["use_shared_attention_adapter"] = there
+
+
+def hybrids(fields: Fields) -> list[int]:
+    """Numbers of the layers with a shared block."""
+    return [i for i, kind in enumerate(fields["layers_block_type"]) if kind == "hybrid"]
 
 
 class MemoryRope(Rope):
@@ -53,7 +99,8 @@ FAMILY = Injected(
         Same("mamba_ngroups", "mamba2.n_groups"),
         Same("mamba_d_conv", "mamba2.d_conv"),
         Derived("mamba2.d_inner", lambda f: f["mamba_expand"] * f["hidden_size"]),
-        Derived("mamba2.head_dim", lambda f: f["mamba_expand"] * f["hidden_size"] // f["n_mamba_heads"]),
+        Derived("mamba2.head_dim", mamba_head_dim),
+        Agrees("mamba_headdim", mamba_head_dim),
         Whole("mamba_expand", lambda ours: ours["mamba2.d_inner"] / ours["d_model"]),
         Whole("n_mamba_heads", lambda ours: ours["mamba2.d_inner"] / ours["mamba2.head_dim"]),
         StepSizes(),
@@ -62,28 +109,27 @@ FAMILY = Injected(
         Same("chunk_size", "mamba2.chunk"),
         Same("add_bias_linear", "mamba2.bias", "mlp.bias"),
         Same("num_mem_blocks", "inject.copies"),
-        Same("use_shared_attention_adapter", "inject.attention_adapters"),
+        Agrees("hybrid_layer_ids", hybrids),
+        AttentionAdapters(),
         Same("adapter_rank", "inject.adapter_rank"),
         Same("num_attention_heads", "attention.n_heads"),
         Same("num_key_value_heads", "attention.n_kv_heads", default=lambda f: f["num_attention_heads"]),
-        Derived("attention.head_dim", lambda f: f["attention_head_dim"]),
-        Derived("attention.scale", half_scale),
+        Derived("attention.head_dim", head_dim),
+        Agrees("attention_head_dim", head_dim),
+        Agrees("attention_hidden_size", lambda f: 2 * f["hidden_size"]),
+        Derived("attention.scale", lambda f: half_scale(head_dim(f))),
         Same("attention_dropout", "attention.dropout"),
         MemoryRope(),
         Same("intermediate_size", "mlp.d_ff"),
         Choice("hidden_act", "mlp.act", ACTS),
         Tied(),
     ),
-    # What the class works out from other fields, whatever these say: sizes of heads, the length
-    # (use_long_context). It has a bias in the convolution and no upper limit of step sizes in any case. The
-    # rest is about kernels and the logits of a prompt.
+    # use_long_context only sets the length, which is read. In any case the class has a bias in the
+    # convolution and no upper limit of step sizes; it does not read the widths of keys. The rest is about
+    # kernels and the logits of a prompt.
     ignored=frozenset(
         [
-            "attention_head_dim",
-            "attention_hidden_size",
-            "hybrid_layer_ids",
             "kv_channels",
-            "mamba_headdim",
             "num_logits_to_keep",
             "num_query_groups",
             "time_step_limit",
@@ -99,7 +145,7 @@ FAMILY = Injected(
         row("lm_head.weight", "lm_head.weight"),
     ),
     # With a cache, step sizes of single tokens have no lower limit.
-    cached_differs=lambda fields: fields["time_step_min"] > 0,
+    cached_differs=lambda fields: True,
     mamba="mamba2",
     mixer=(
         row("input_layernorm.weight", "pre_norm.weight"),
