@@ -140,7 +140,10 @@ def place(model: nn.Module, name: str, x: Tensor, dtype: torch.dtype) -> None:
     """Makes `x` the parameter called `name`, in memory of its own."""
     path, _, last = name.rpartition(".")
     own = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    model.get_submodule(path)._parameters[last] = nn.Parameter(own)
+    parameters = model.get_submodule(path)._parameters
+    before = parameters[last]
+    assert before is not None
+    parameters[last] = nn.Parameter(own, requires_grad=before.requires_grad)
 
 
 def published(theirs: Any) -> dict[str, Tensor]:
@@ -163,9 +166,15 @@ def keys_on_disk(
     found = {}
     for key in tensors:
         full = key if key in wanted or key.startswith(family.prefix) else family.prefix + key
+        for there, here in family.spelled.items():
+            full = full if full in wanted else full.replace(there, here)
         if full in wanted:
             found[full] = key
-        elif not key.endswith(family.buffers) and not (tied and key in (family.head, "lm_head.weight")):
+        elif (
+            not key.endswith(family.buffers)
+            and not key.startswith(family.unread)
+            and not (tied and key in (family.head, "lm_head.weight"))
+        ):
             raise ConversionError(f"{family.name}: nothing here takes the weight {key}")
     for key in sorted(wanted - found.keys()):
         raise ConversionError(f"{family.name}: the weight {key} is missing")
