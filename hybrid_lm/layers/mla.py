@@ -139,17 +139,12 @@ class MLA(Layer):
             mine = torch.ones(x.shape[:2], dtype=torch.int32, device=x.device) if docs is None else docs
             latent, seen = state.append(latent, mine)
             docs = None if docs is None else seen
-        look = self.absorbed if self.absorbs(x.shape[1], latent.shape[1]) else self.expanded
+        # For one query it costs less to work in the width of the latents than to make keys and values of all
+        # of them. An adapter around the matrix (LoRA) is not in its weight.
+        absorbs = x.shape[1] == 1 and type(self.kv_b_proj) is Linear
+        look = self.absorbed if absorbs else self.expanded
         y = look(q, q_rope, latent, docs, ctx)
         return self.o_proj(y.flatten(-2), ctx), state
-
-    def absorbs(self, t: int, s: int) -> bool:
-        """Whether t queries of s latents cost less in the width of the latents than in that of the heads."""
-        made = self.nope_dim + self.v_dim
-        # Longer products for each pair, against keys and values of the s - t latents from earlier calls. An
-        # adapter around the matrix (LoRA) is not in its weight.
-        cheaper = t * s * (2 * self.kv_rank - made) < (s - t) * self.kv_rank * made
-        return cheaper and type(self.kv_b_proj) is Linear
 
     def expanded(
         self, q: Tensor, q_rope: Tensor, latent: Tensor, docs: Tensor | None, ctx: Context
@@ -170,8 +165,9 @@ class MLA(Layer):
             [self.nope_dim, self.v_dim], 1
         )
         q = torch.einsum("bthn,hnr->bthr", q, to_k)
+        # To average all of a latent and cut off what is no value costs less than a copy of the part that is.
         k = latent.unsqueeze(2)
-        y = self.attend(torch.cat((q, q_rope), -1), k, k[..., : self.kv_rank], docs, ctx)
+        y = self.attend(torch.cat((q, q_rope), -1), k, k, docs, ctx)[..., : self.kv_rank]
         return torch.einsum("bthr,hvr->bthv", y, to_v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, ctx: Context) -> Tensor:

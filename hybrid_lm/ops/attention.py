@@ -228,13 +228,36 @@ def _sdpa(
     is_causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
+    width, values = q.shape[-1], v.shape[-1]
+    if width != values:
+        # The fast kernels want all heads equally wide, and the other keeps t * s scores: zeros in channels
+        # that are not there change nothing.
+        q, k, v = (F.pad(m, (0, max(width, values) - m.shape[-1])) for m in (q, k, v))
+        scale = width**-0.5 if scale is None else scale
+        y = _sdpa(q, k, v, scale, mask=mask, is_causal=is_causal, dropout_p=dropout_p)
+        return y[..., :values]
     # A branch, not an expression: with dynamic shapes a comparison is no bool until it is branched on.
     shared = False
     if q.shape[1] != k.shape[1]:
         shared = True
+    if shared and q.shape[2] == 1 and not is_causal:
+        return _one_query(q, k, v, scale, mask, dropout_p)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=shared
     )
+
+
+def _one_query(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, dropout_p: float
+) -> Tensor:
+    """A single query (b h 1 p) whose heads share keys (b m s p): the h / m heads of a key are so many queries
+    of one head, and no key is copied for each."""
+    heads = q.shape[1]
+    if mask is not None and mask.dim() > 2 and mask.shape[-3] == heads:
+        mask = mask.unflatten(-3, (k.shape[1], -1)).squeeze(-2)  # (... m h/m s)
+    q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b m h/m p)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    return y.flatten(1, 2).unsqueeze(2)
 
 
 _attention = define("attention", reference=_attention_reference, torch=_attention_torch)

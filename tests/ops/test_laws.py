@@ -59,6 +59,8 @@ POINTWISE = [
     attention(1, 9, window=4, docs=True),
     attention(5, 9, window=4, docs=True, slopes=True, softcap=3.0, scale=0.3),
     attention(7, 7, slopes=True),
+    *(attention(1, 9, slopes=True, docs=docs) for docs in (False, True)),
+    attention(1, 9, slopes=True, docs=True, sinks=True),
     attention(7, 7, softcap=3.0),
     attention(7, 7, sinks=True),
     attention(1, 9, sinks=True, window=4, docs=True),

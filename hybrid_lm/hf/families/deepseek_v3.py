@@ -17,7 +17,6 @@ from hybrid_lm.hf.fields import (
     Options,
     Rope,
     Same,
-    Unused,
     Whole,
     block,
 )
