@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from hybrid_lm.config.pattern import canon, expand
 from hybrid_lm.config.schema import ModelConfig
-from hybrid_lm.layers.base import State
+from hybrid_lm.layers.base import Choices, State
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.generate import pad_left
 from hybrid_lm.model.init import entries
@@ -324,13 +325,30 @@ def gradients_are_finite(s: Subject) -> Verdict:
 
 @torch.no_grad()
 def bf16_stays_close(s: Subject) -> Verdict:
-    """bfloat16 throughout moves the logits by a few roundings per layer, in root mean square."""
+    """bfloat16 throughout moves the logits by a few roundings per layer, in root mean square.
+
+    Where a layer chooses, both make the same choices: a token between two experts goes to either, and what
+    the other makes of it is no rounding.
+    """
     tokens, docs = s.draw(2), documents(s)
-    exact = s.model(tokens, doc_ids=docs).logits.double()
-    rounded = s.build(dtype=torch.bfloat16)(tokens, doc_ids=docs).logits.double()
+    model, choices = s.build(dtype=torch.bfloat16), Choices()
+    with choosing(s.model, choices):
+        exact = s.model(tokens, doc_ids=docs).logits.double()
+    with choosing(model, Choices(choices.made)):
+        rounded = model(tokens, doc_ids=docs).logits.double()
     error = float(((rounded - exact).square().mean() / exact.square().mean()).sqrt())
     bound = BF16_SLACK * torch.finfo(torch.bfloat16).eps * (len(s.model.layers) + 1) ** 0.5
     return Verdict("bf16 drift bounded", error, bound, "root mean square")
+
+
+@contextmanager
+def choosing(model: HybridLM, choices: Choices) -> Iterator[None]:
+    """The model's layers choose by `choices`, for one call."""
+    hook = model.layers[0].register_forward_pre_hook(lambda _, given: setattr(given[2], "choices", choices))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

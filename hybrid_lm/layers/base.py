@@ -100,6 +100,20 @@ class Auxiliary(NamedTuple):
         return sum((term.factor * term.value for term in self.terms), 0.0)
 
 
+class Choices:
+    """Choices that roundings can turn over, such as a token's experts: written down in the order in which
+    they are made, or made again as they were `given`, so that two precisions compute the same function."""
+
+    def __init__(self, given: Iterable[Tensor] | None = None):
+        self.made: list[Tensor] = []
+        self.given = None if given is None else iter(given)
+
+    def take(self, own: Tensor) -> Tensor:
+        """The layer's own choice, or the one that was given for it."""
+        self.made.append(own if self.given is None else next(self.given))
+        return self.made[-1]
+
+
 @dataclass
 class Context:
     """What all layers of one call share. Shapes: (b t), and (b t d) for the embeddings."""
@@ -117,6 +131,8 @@ class Context:
     """The backend of each op, chosen when the model was built."""
     auxiliary: Auxiliary | None = None
     """Where layers put their own losses and measurements; None: nobody asks for them."""
+    choices: Choices | None = None
+    """Where layers write down what they choose, or read what to choose; None: they choose for themselves."""
     made: dict[str, Any] = field(default_factory=dict)
     """What a layer has worked out and others of the call can use again: see `once`."""
 

@@ -156,7 +156,7 @@ class MoE(Layer):
     def forward(self, x: Tensor, state: None, ctx: Context) -> tuple[Tensor, None]:
         rows = x.flatten(0, 1)
         logits = self.router(rows, ctx)
-        scores, chosen, weights = self.choose(logits)
+        scores, chosen, weights = self.choose(logits, ctx)
         if ctx.auxiliary is not None:
             self.measure(logits, scores, chosen, ctx)
         inner = rows if self.latent_in is None else self.latent_in(rows, ctx)
@@ -171,18 +171,19 @@ class MoE(Layer):
             y = y + common
         return y, state
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def choose(self, logits: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """logits (m e) -> scores (m e), the chosen experts (m k) and their weights (m k), in float32."""
         o = self.options
         logits = logits.to(wide(logits))
-        if o.router == "topk_softmax":
-            best, chosen = logits.topk(o.top_k)
-            return logits.softmax(-1), chosen, best.softmax(-1) * o.scale
         scores = logits.sigmoid() if o.router == "sigmoid" else logits.softmax(-1)
+        wanted = logits if o.router == "topk_softmax" else scores
         if o.router == "sigmoid":
-            chosen = self.permitted(scores.detach() + self.router_correction).topk(o.top_k).indices
-        else:
-            chosen = scores.topk(o.top_k).indices
+            wanted = self.permitted(scores.detach() + self.router_correction)
+        chosen = wanted.topk(o.top_k).indices
+        if ctx.choices is not None:
+            chosen = ctx.choices.take(chosen)
+        if o.router == "topk_softmax":
+            return scores, chosen, logits.gather(-1, chosen).softmax(-1) * o.scale
         weights = scores.gather(-1, chosen)
         if o.renormalise:
             # DeepSeek-V3's constant, for sigmoids that are all 0.

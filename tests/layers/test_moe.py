@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm.config.schema import InitConfig, ModelConfig
-from hybrid_lm.layers.base import Auxiliary, Context
+from hybrid_lm.laws import Subject, bf16_stays_close
+from hybrid_lm.layers.base import Auxiliary, Choices, Context
 from hybrid_lm.layers.moe import MoE
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import initialise
@@ -27,8 +28,8 @@ def made(**options) -> MoE:
     return layer
 
 
-def context(doc_ids: Tensor | None = None, auxiliary: Auxiliary | None = None) -> Context:
-    return Context(torch.zeros(2, T, dtype=torch.int64), doc_ids, auxiliary=auxiliary)
+def context(doc_ids: Tensor | None = None, **parts) -> Context:
+    return Context(torch.zeros(2, T, dtype=torch.int64), doc_ids, **parts)
 
 
 def expert(layer: MoE, e: int, x: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def test_moe_is_a_sum_over_the_chosen(options):
 
 def measured(layer: MoE, x: Tensor, doc_ids: Tensor | None = None) -> Auxiliary:
     auxiliary = Auxiliary([], [])
-    layer(x, None, context(doc_ids, auxiliary))
+    layer(x, None, context(doc_ids, auxiliary=auxiliary))
     return auxiliary
 
 
@@ -177,7 +178,7 @@ def test_a_correction_chooses_and_does_not_weigh():
     layer = made(n_experts=4, top_k=1, d_ff=8, router="sigmoid", renormalise=False)
     layer.router_correction.data = torch.tensor([0.0, 0.0, 9.0, 0.0])
     logits = layer.router(torch.randn(5, D, dtype=torch.float64), context())
-    _, chosen, weights = layer.choose(logits)
+    _, chosen, weights = layer.choose(logits, context())
     assert (chosen == 2).all()
     assert torch.equal(weights[:, 0], logits[:, 2].sigmoid())
 
@@ -190,7 +191,8 @@ def test_a_router_works_in_the_precision_that_its_checkpoints_had():
         x = torch.randn(5, D, dtype=torch.bfloat16)
         logits = layer.router(x, context())
         assert logits.dtype == kept
-        assert all(part.dtype == torch.float32 for part in (layer.choose(logits)[0], layer.choose(logits)[2]))
+        scores, _, weights = layer.choose(logits, context())
+        assert (scores.dtype, weights.dtype) == (torch.float32, torch.float32)
         layer = layer.float()
         with torch.autocast("cpu", torch.bfloat16):
             assert layer.router(x, context()).dtype == torch.float32
@@ -238,3 +240,23 @@ def test_settings_without_effect_are_resolved():
     assert all_open.resolved(24) == MoE.Options(router="sigmoid").resolved(24)
     half_open = MoE.Options(router="sigmoid", n_groups=4, top_k_groups=2)
     assert half_open.resolved(24)["n_groups"] == 4
+
+
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid"])
+def test_choices_can_be_made_again(router):
+    layer = made(n_experts=4, d_ff=8, router=router)
+    x, first = torch.randn(2, T, D, dtype=torch.float64), Choices()
+    y, _ = layer(x, None, context(choices=first))
+    again, _ = layer(x, None, context(choices=Choices(first.made)))
+    assert torch.equal(again, y)
+    others = Choices([(chosen + 1) % 4 for chosen in first.made])
+    assert not torch.equal(layer(x, None, context(choices=others))[0], y)
+    assert torch.equal(others.made[0], (first.made[0] + 1) % 4)
+
+
+def test_bfloat16_is_measured_at_the_same_choices():
+    """Without them, tokens between two experts make it 0.1 and more."""
+    moe = {"type": "moe", "n_experts": 16, "d_ff": 32}
+    config = {"d_model": 64, "vocab_size": 50, "pattern": "e e e e", "layers": {"e": moe}}
+    verdict = bf16_stays_close(Subject(ModelConfig.model_validate(config), tokens=90))
+    assert verdict.holds, verdict
