@@ -102,9 +102,11 @@ def test_gradients(name):
             if parameter.requires_grad:
                 parameter.copy_(parameter.grad)
     grads = published(theirs)
+    # One rounding of the whole gradient, for those that nearly cancel: of decays that forget at once.
+    rounding = torch.finfo(torch.float32).eps * torch.stack([grad.norm() for grad in grads.values()]).norm()
     for key, grad in tensors_of(FAMILIES[name], ours):
         # A thousand float32 roundings on a sum of that size.
-        assert (grad - grads[key]).norm() <= 1e-4 * grads[key].norm(), key
+        assert (grad - grads[key]).norm() <= 1e-4 * grads[key].norm() + rounding, key
 
 
 @pytest.fixture

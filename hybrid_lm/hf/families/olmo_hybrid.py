@@ -65,7 +65,8 @@ def _taps_apart(ours: Sequence[Tensor], o: Values) -> list[Tensor]:
 
 
 CONVOLUTIONS = Transform("convolutions", _taps_together, _taps_apart)
-"""The taps of queries, keys and values, each as (d 1 w)."""
+"""The taps of queries, keys and values, each as (d 1 w). When transformers saves a model it cuts them in
+three equal parts, whatever the widths; put together they are the same."""
 
 DELTA = {**{f"{x}_proj": f"{x}_proj" for x in "qkvabo"}, "g_proj": "z_proj"}
 
@@ -127,4 +128,10 @@ FAMILY = Family(
         *MLP,
         row("model.layers.#.post_feedforward_layernorm.weight", "mlp:post_norm.weight"),
     ),
+    unread=("mtp.",),
+    # The published models have the first for attention; both are the names in memory.
+    spelled={
+        ".post_attention_layernorm.": ".feedforward_layer_norm.",
+        ".input_layernorm.": ".attention_layer_norm.",
+    },
 )

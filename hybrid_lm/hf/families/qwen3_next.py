@@ -7,18 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_lm.hf.families.bamba import with_attention
 from hybrid_lm.hf.families.llama import ENDS, MLP
-from hybrid_lm.hf.families.qwen3_5_text import ATTENTION, DELTA, FIXED, NORMS, SIZES
+from hybrid_lm.hf.families.mixtral import IGNORED
+from hybrid_lm.hf.families.qwen3_5_text import ATTENTION, DELTA, FIXED, NORMS, ROUGH, SIZES
 from hybrid_lm.hf.family import Family
 from hybrid_lm.hf.fields import Block, ConversionError, Fields, Layout, Rope, Same, block, listed
 from hybrid_lm.hf.weights import GATE_UP_STACKED, STACKED, Transform, Values, row
+
+MIXERS = {"linear_attention": "gated_deltanet", "full_attention": "attention"}
 
 
 class Sparse(Layout):
     """`layer_types`, and a mixture of experts in each `decoder_sparse_step`-th layer but for those named."""
 
-    mixers = {"linear_attention": "gated_deltanet", "full_attention": "attention"}
-    blocks = tuple(block(f"{mixer} {ff}") for mixer in mixers.values() for ff in ("moe", "mlp"))
+    blocks = tuple(block(f"{mixer} {ff}") for mixer in MIXERS.values() for ff in ("moe", "mlp"))
     theirs = ("num_hidden_layers", "layer_types", "mlp_only_layers", "decoder_sparse_step")
 
     def read(self, fields: Fields) -> list[Block]:
@@ -28,19 +31,20 @@ class Sparse(Layout):
                 f"layer_types has {len(kinds)} entries for {fields['num_hidden_layers']} layers"
             )
         for kind in kinds:
-            if kind not in self.mixers:
-                raise ConversionError(f"layer_types: {kind!r}: only {listed(self.mixers)}")
+            if kind not in MIXERS:
+                raise ConversionError(f"layer_types: {kind!r}: only {listed(MIXERS)}")
         experts = [
             fields["num_experts"] > 0 and i not in fields["mlp_only_layers"] and (i + 1) % step == 0
             for i in range(len(kinds))
         ]
-        return [
-            block(f"{self.mixers[kind]} {'moe' if sparse else 'mlp'}")
+        return with_attention(
+            block(f"{MIXERS[kind]} {'moe' if sparse else 'mlp'}")
             for kind, sparse in zip(kinds, experts, strict=True)
-        ]
+        )
 
     def write(self, blocks: Sequence[Block], fields: dict[str, Any]) -> None:
-        names = {mixer: kind for kind, mixer in self.mixers.items()}
+        with_attention(blocks)
+        names = {mixer: kind for kind, mixer in MIXERS.items()}
         fields["num_hidden_layers"] = len(blocks)
         fields["layer_types"] = [names[mixer] for (mixer,), _ in blocks]
         fields["mlp_only_layers"] = [i for i, (_, ff) in enumerate(blocks) if ff == ("mlp",)]
@@ -59,7 +63,7 @@ def _together(ours: Sequence[Tensor], o: Values) -> list[Tensor]:
 
 
 BY_KEY_HEAD = Transform("by_key_head", _apart, _together)
-"""The rows of all matrices that belong to one head of keys and its heads of values, then those of the next."""
+"""The rows of all matrices that belong to a head of keys and its heads of values, then those of the next."""
 
 FAMILY = Family(
     name="qwen3_next",
@@ -75,8 +79,8 @@ FAMILY = Family(
         Same("norm_topk_prob", "moe.renormalise"),
     ),
     fixed={**FIXED, "moe.shared_gate": True},
-    # The class has no windows; the other two are about the loss in training.
-    ignored=frozenset(["use_sliding_window", "output_router_logits", "router_aux_loss_coef"]),
+    # The class has no windows.
+    ignored=IGNORED | {"use_sliding_window"},
     rows=(
         *ENDS,
         *NORMS,
@@ -106,4 +110,6 @@ FAMILY = Family(
         ),
         row("model.layers.#.mlp.shared_expert_gate.weight", "moe:layer.shared_gate.weight"),
     ),
+    tolerance=ROUGH,
+    unread=("mtp.",),
 )
