@@ -70,7 +70,7 @@ BY_HEAD = Transform("by_head", _by_head, _heads_together)
 STACKED = Transform(
     "stacked", lambda theirs, shapes, o: [torch.stack(list(theirs))], lambda ours, o: [*ours[0]]
 )
-"""A matrix for each expert, here one tensor (n_experts ...)."""
+"""A tensor for each expert or head, here one with them in front."""
 
 
 def _gate_up_stacked(theirs: Sequence[Tensor], shapes: Sequence[torch.Size], o: Values) -> list[Tensor]:
@@ -90,14 +90,16 @@ GATE_UP_STACKED = Transform("gate_up_stacked", _gate_up_stacked, _gate_up_apart)
 class Row(NamedTuple):
     """Tensors of theirs and what they are here.
 
-    `#` in a key of theirs is the layer's number; `@` the expert's: such a key stands for one after another.
-    An entry of `ours` is a name of the model's, or `type:name` for a name inside the residual layer of that
-    type: `attention:pre_norm.weight`, `attention:layer.q_proj.weight`.
+    `#` in a key of theirs is the layer's number; `@` an expert's or a head's: such a key stands for one after
+    another. An entry of `ours` is a name of the model's, or `type:name` for a name inside the residual layer
+    of that type: `attention:pre_norm.weight`, `attention:layer.q_proj.weight`.
     """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     how: Transform = SAME
+    count: str = "moe.n_experts"
+    """The option that says for how many keys `@` stands."""
 
 
 class Placed(NamedTuple):
@@ -109,9 +111,9 @@ class Placed(NamedTuple):
     options: Values
 
 
-def row(theirs: str | Sequence[str], *ours: str, how: Transform = SAME) -> Row:
+def row(theirs: str | Sequence[str], *ours: str, how: Transform = SAME, count: str = "moe.n_experts") -> Row:
     """A row of a table."""
-    return Row((theirs,) if isinstance(theirs, str) else tuple(theirs), ours, how)
+    return Row((theirs,) if isinstance(theirs, str) else tuple(theirs), ours, how, count)
 
 
 def linear(theirs: str, ours: str) -> list[Row]:
@@ -140,7 +142,9 @@ def unrolled(rows: Iterable[Row], options: Options, names: Iterable[str]) -> lis
             values = {**options.model, **(options.layers[i] if options.layers else {})}
             ours = tuple(full_name(name, options, i, wanted) for name in entry.ours)
             if wanted.issuperset(ours):
-                keys = tuple(key for pattern in entry.theirs for key in numbered(pattern, i, values))
+                keys = tuple(
+                    key for pattern in entry.theirs for key in numbered(pattern, i, values, entry.count)
+                )
                 found.append(Placed(keys, ours, entry.how, values))
     covered = [name for entry in found for name in entry.ours]
     assert sorted(covered) == sorted(wanted), f"the table misses or repeats {set(covered) ^ wanted}"
@@ -149,11 +153,11 @@ def unrolled(rows: Iterable[Row], options: Options, names: Iterable[str]) -> lis
     return found
 
 
-def numbered(pattern: str, layer: int, values: Values) -> Iterator[str]:
+def numbered(pattern: str, layer: int, values: Values, count: str) -> Iterator[str]:
     """The keys that a pattern stands for in their layer `layer`."""
     key = pattern.replace("#", str(layer))
-    for expert in range(values["moe.n_experts"] if "@" in key else 1):
-        yield key.replace("@", str(expert))
+    for i in range(values[count] if "@" in key else 1):
+        yield key.replace("@", str(i))
 
 
 def full_name(name: str, options: Options, i: int, names: set[str]) -> str:

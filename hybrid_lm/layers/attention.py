@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from hybrid_lm.config.base import Positive
-from hybrid_lm.layers.base import Context, Layer, LayerOptions
+from hybrid_lm.layers.base import Context, Layer, LayerOptions, Module
 from hybrid_lm.layers.memory import KVState, slack
-from hybrid_lm.layers.parts import Linear, RMSNorm, zeros
+from hybrid_lm.layers.parts import Linear, RMSNorm, ones, zeros
 from hybrid_lm.layers.rotary import RopeOptions, Rotation
 from hybrid_lm.ops import alibi_slopes, attention
 
@@ -40,11 +41,12 @@ class Attention(Layer):
         """Rotary positions; `{}` for the usual ones."""
         alibi: bool = False
         """A penalty that grows with distance. Press et al. 2021, arXiv:2108.12409."""
-        qk_norm: Literal["none", "head", "full"] = "none"
-        """RMS norm of queries and keys, before rope: per head (Qwen3) or over all heads (OLMo-2)."""
+        qk_norm: Literal["none", "head", "full", "layernorm"] = "none"
+        """Norm of queries and keys, before rope: RMS norm per head (Qwen3) or over all heads (OLMo-2), or
+        layer norm per head with weights for each of them (StableLM 2 12B)."""
         qk_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
         qk_norm_unit_offset: bool = False
-        """Scale by (1 + w) (Gemma-3)."""
+        """RMS norms: scale by (1 + w) (Gemma-3)."""
         softcap: Annotated[float, Field(gt=0.0)] | None = None
         """Scores become softcap * tanh(scores / softcap) (Gemma-2)."""
         scale: Annotated[float, Field(gt=0.0)] | None = None
@@ -70,15 +72,13 @@ class Attention(Layer):
         def resolved(self, d_in: int) -> dict[str, Any]:
             width = self.head_dim or d_in // self.n_heads
             usual = self.scale is None or math.isclose(self.scale, width**-0.5, rel_tol=1e-12)
+            offset = ("qk_norm_unit_offset",)
+            quiet = {"none": ("qk_norm_eps", *offset), "layernorm": offset, "head": (), "full": ()}
             return self.model_dump() | {
                 "n_kv_heads": self.n_kv_heads or self.n_heads,
                 "head_dim": width,
                 "scale": None if usual else self.scale,
-                **(
-                    self.without_effect("qk_norm_eps", "qk_norm_unit_offset")
-                    if self.qk_norm == "none"
-                    else {}
-                ),
+                **self.without_effect(*quiet[self.qk_norm]),
             }
 
         def check(self, d_in: int) -> Iterable[tuple[str, str]]:
@@ -122,6 +122,8 @@ class Attention(Layer):
             "rope": {"interleaved": True},
         },
         {"n_heads": 4},
+        {"n_heads": 4, "n_kv_heads": 2, "qk_norm": "layernorm", "qk_norm_eps": 1e-2, "rope": {}},
+        {"n_heads": 4, "qk_norm": "head", "qk_norm_unit_offset": True},
         {"n_heads": 4, "n_kv_heads": 2, "sinks": True, "window": 6, "rope": {}},
         {"n_heads": 4, "out_gate": "element", "qkv_bias": True, "sinks": True},
         {
@@ -154,7 +156,10 @@ class Attention(Layer):
             self.add("sinks", (self.n_heads,), "bias", zeros)
         self.q_norm: Any = None
         self.k_norm: Any = None
-        if options.qk_norm != "none":
+        if options.qk_norm == "layernorm":
+            self.q_norm = HeadNorm(self.n_heads, self.head_dim, options.qk_norm_eps)
+            self.k_norm = HeadNorm(self.n_kv_heads, self.head_dim, options.qk_norm_eps)
+        elif options.qk_norm != "none":
             how = {"eps": options.qk_norm_eps, "unit_offset": options.qk_norm_unit_offset}
             whole = options.qk_norm == "full"
             self.q_norm = RMSNorm(q if whole else self.head_dim, **how)
@@ -179,7 +184,7 @@ class Attention(Layer):
         q = q.unflatten(-1, (self.n_heads, self.head_dim))
         k = k.unflatten(-1, (self.n_kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.n_kv_heads, self.head_dim))
-        if o.qk_norm == "head":
+        if o.qk_norm in ("head", "layernorm"):
             q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
         if self.rotation is not None:
             q, k = self.rotation(q, k, ctx)
@@ -218,3 +223,16 @@ class Attention(Layer):
         # q k^T and weights v: two products of 2 head_dim operations per key and head.
         seen = min(context, self.options.window or context)
         return 4.0 * self.n_heads * self.head_dim * seen
+
+
+class HeadNorm(Module):
+    """Layer norm of each head, with weights of its own and no shift. Ba et al. 2016, arXiv:1607.06450."""
+
+    def __init__(self, n_heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.add("weight", (n_heads, head_dim), "norm", ones)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (b t h p) -> (b t h p)."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.to(x.dtype)

@@ -153,6 +153,14 @@ PUBLISHED: list[tuple[str, dict[str, Any], str, dict[str, dict[str, Any]]]] = [
         "(a f)x24",
         {"a": {"rope.fraction": 0.25, "qkv_bias": True, "out_bias": False}},
     ),
+    (
+        "stablelm",  # stabilityai/stablelm-2-12b
+        {"hidden_size": 5120, "intermediate_size": 13824, "num_heads": 32, "num_hidden_layers": 40,
+         "num_key_value_heads": 8, "qk_layernorm": True, "rotary_scaling_factor": 1.0, "use_norm_bias": False,
+         "use_parallel_residual": True, "vocab_size": 100352},
+        "a+f x40",
+        {"a": {"rope.fraction": 0.25, "qk_norm": "layernorm", "head_dim": 160}},
+    ),
 ]  # fmt: skip
 
 

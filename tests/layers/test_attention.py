@@ -20,8 +20,13 @@ def build(**options):
     return layer
 
 
-def rms(x, weight):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+def rms(x, norm):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * (norm.weight + norm.unit_offset)
+
+
+def layer_norm(x, norm):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
 
 
 def rotate(x, theta, r):
@@ -50,6 +55,8 @@ def denominator(layer):
         {"n_heads": 2, "rope": {"fraction": 0.5}, "qk_norm": "full", "softcap": 2.0, "scale": 0.4},
         {"n_heads": 4, "alibi": True, "qkv_bias": True, "out_bias": True, "window": 5},
         {"n_heads": 3, "head_dim": 10},
+        {"n_heads": 4, "n_kv_heads": 2, "qk_norm": "layernorm", "qk_norm_eps": 1e-2},
+        {"n_heads": 4, "qk_norm": "head", "qk_norm_eps": 1e-2, "qk_norm_unit_offset": True},
         {"n_heads": 4, "n_kv_heads": 2, "sinks": True, "window": 5, "rope": {}},
         {"n_heads": 4, "out_gate": "element", "qkv_bias": True, "softcap": 2.0, "sinks": True},
         {"n_heads": 4, "head_dim": 8, "out_gate": "head", "in_multiplier": 0.7, "key_multiplier": 1.6},
@@ -70,10 +77,12 @@ def test_attention_is_equation_1(options):
 
     q, key, v = project(layer.q_proj), project(layer.k_proj) * o.key_multiplier, project(layer.v_proj)
     if o.qk_norm == "full":
-        q, key = rms(q, layer.q_norm.weight), rms(key, layer.k_norm.weight)
+        q, key = rms(q, layer.q_norm), rms(key, layer.k_norm)
     q, key, v = q.view(2, t, h, hd), key.view(2, t, k, hd), v.view(2, t, k, hd)
     if o.qk_norm == "head":
-        q, key = rms(q, layer.q_norm.weight), rms(key, layer.k_norm.weight)
+        q, key = rms(q, layer.q_norm), rms(key, layer.k_norm)
+    if o.qk_norm == "layernorm":
+        q, key = layer_norm(q, layer.q_norm), layer_norm(key, layer.k_norm)
     if o.rope:
         r = round(o.rope.fraction * hd)
         q, key = rotate(q, o.rope.theta, r), rotate(key, o.rope.theta, r)

@@ -7,17 +7,17 @@ from hybrid_lm.hf.families.llama import ATTENTION, MLP, SIZES, head_dim
 from hybrid_lm.hf.family import Family
 from hybrid_lm.hf.fields import (
     Agrees,
+    Choice,
     ConversionError,
     Derived,
     Fields,
-    Must,
     Options,
     Rope,
     Rule,
     Same,
     Switch,
 )
-from hybrid_lm.hf.weights import linear, row
+from hybrid_lm.hf.weights import STACKED, linear, row
 
 
 class Dropout(Rule):
@@ -42,20 +42,30 @@ FAMILY = Family(
     rules=(
         *SIZES,
         Derived("attention.head_dim", head_dim),
-        Same("layer_norm_eps", "block.eps"),
+        Same("layer_norm_eps", "block.eps", "attention.qk_norm_eps"),
         Same("use_qkv_bias", "attention.qkv_bias"),
         Dropout(),
         Rope(partial=True),
-        # A layer norm for each head, with weights of its own (StableLM 2 12B).
-        Must("qk_layernorm", False),
+        Choice("qk_layernorm", "attention.qk_norm", {False: "none", True: "layernorm"}),
         Agrees("num_heads", lambda f: f["num_attention_heads"]),
         Agrees("rotary_scaling_factor", lambda f: 1.0),
     ),
+    # The class gives its norms a shift, and the published weights have it, whatever it says.
+    ignored=frozenset(["use_norm_bias"]),
     fixed={"block.norm": "layernorm", "block.bias": True},
     rows=(
         row("model.embed_tokens.weight", "embed.weight"),
         *linear("model.layers.#.input_layernorm", "attention:pre_norm"),
         *ATTENTION,
+        *(
+            row(
+                f"model.layers.#.self_attn.{part}_layernorm.norms.@.weight",
+                f"attention:layer.{part}_norm.weight",
+                how=STACKED,
+                count=f"attention.{heads}",
+            )
+            for part, heads in (("q", "n_heads"), ("k", "n_kv_heads"))
+        ),
         *linear("model.layers.#.post_attention_layernorm", "mlp:pre_norm"),
         *MLP,
         *linear("model.norm", "final_norm"),
