@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from hybrid_lm.config.load import architecture_hash, load_config, parse_config
 from hybrid_lm.config.pattern import canon, expand
 from hybrid_lm.config.schema import RunConfig
+from hybrid_lm.eval.published import evals_dir
 from hybrid_lm.eval.table import print_table, size
 from hybrid_lm.layers import LAYERS
 from hybrid_lm.model.build import build_model
@@ -88,6 +90,27 @@ def layers() -> str:
         what = " ".join((layer.__doc__ or "").strip().split("\n\n")[0].split())
         settings = ", ".join(f"`{key}`" for key in layer.Options.model_fields)
         rows.append(f"| `{name}` | {what} | {settings} |")
+    return "\n".join(rows)
+
+
+def families() -> str:
+    """The families of Hugging Face models as a Markdown table, from what was measured of them
+    (`evals/results/hf/families.json`). A test compares it with the README's."""
+    rows = [
+        "| family | class | import | export | options tested | logits | gradients | greedy tokens |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    path = evals_dir() / "results" / "hf" / "families.json"
+    for name, facts in json.loads(path.read_text(encoding="utf-8"))["families"].items():
+        tested, all_of_them = (
+            len(facts["fields"]["varied"]),
+            sum(map(len, list(facts["fields"].values())[:2])),
+        )
+        rows.append(
+            f"| {name} | `{facts['class']}` | yes | {'bit for bit' if facts['exact_export'] else 'no'} "
+            f"| {tested} of {all_of_them} | {facts['logit_difference']:.1e} "
+            f"| {facts['gradient_difference']:.1e} | {'the same' if facts['same_tokens'] else 'differ'} |"
+        )
     return "\n".join(rows)
 
 

@@ -206,6 +206,8 @@ def show(a: Arguments) -> None:
         show.backends(console())
     elif a.config == "layers":
         print(show.layers())
+    elif a.config == "families":
+        print(show.families())
     elif a.yaml:
         from hybrid_lm.config.load import dump_yaml
 
