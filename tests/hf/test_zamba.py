@@ -189,7 +189,17 @@ def test_random_patterns_go_out_and_come_back():
 def test_the_sizes_of_the_published_models(name):
     # The defaults of the classes, and layers by the names that the first releases had.
     named = ["mamba"] * 5 + ["hybrid"]
-    old = {"layers_block_type": named * 9, "hybrid_layer_ids": list(range(5, 54, 6)), "rope_theta": 10000}
+    old = {
+        "layers_block_type": named * 9,
+        "hybrid_layer_ids": list(range(5, 54, 6)),
+        "ffn_hidden_size": 10240,
+        "gated_linear_unit": True,
+        "kv_channels": 80,
+        "rope_theta": 10000,
+        "sliding_window": None,
+        "time_step_limit": None,
+        "use_shared_mlp_adapter": True,
+    }
     config = AutoConfig.for_model(name, **(old if name == "zamba2" else {}))
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)

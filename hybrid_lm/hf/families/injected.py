@@ -160,8 +160,8 @@ class Injected(Family):
         if hybrid:
             yield row(f"{there}linear.weight", f"{here}layer.block.1.layer.out_proj.weight")
             there, here = f"{there}mamba_decoder.", f"{here}layer.into.0."
-        for (theirs,), (ours,), how in self.mixer:
-            yield row(there + theirs, here + ours, how=how)
+        for entry in self.mixer:
+            yield row(there + entry.theirs[0], here + entry.ours[0], how=entry.how)
 
     def shared_rows(self, config: ModelConfig, hybrids: Sequence[int], copies: int) -> Iterator[Row]:
         """The shared blocks, which are stored in the first hybrid layer that uses them."""
