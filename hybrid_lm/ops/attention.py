@@ -205,17 +205,18 @@ def _sdpa_with_sinks(
     """One key more, whose score is the head's sink and whose value is zero.
 
     The score comes from one more channel, sink / scale in q and 1 in that key: sinks get their gradient
-    through q, where one through the mask would cost PyTorch's fast kernels.
+    through q, where one through the mask would cost PyTorch's fast kernels. There are seven more, of zeros:
+    on GPUs these kernels want widths in steps of eight.
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    q = torch.cat((q, (sinks / factor).to(q.dtype)[:, None, None].expand(*q.shape[:-1], 1)), -1)
-    key = F.pad(k.new_ones(*k.shape[:2], 1, 1), (k.shape[-1], 0))
-    k = torch.cat((key, F.pad(k, (0, 1))), 2)
-    # The values get the channel too: the kernels want all heads equally wide.
-    v = F.pad(v, (0, 1, 1, 0))
+    sink = (sinks / factor).to(q.dtype)[:, None, None].expand(*q.shape[:-1], 1)
+    q = torch.cat((q, F.pad(sink, (0, 7))), -1)
+    key = F.pad(k.new_ones(*k.shape[:2], 1, 1), (k.shape[-1], 7))
+    k = torch.cat((key, F.pad(k, (0, 8))), 2)
+    v = F.pad(v, (0, 0, 1, 0))
     # Everyone sees it: true in a mask, 0 in a bias.
     mask = F.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
-    return _sdpa(q, k, v, factor, mask=mask, dropout_p=dropout_p)[..., :-1]
+    return _sdpa(q, k, v, factor, mask=mask, dropout_p=dropout_p)
 
 
 def _sdpa(
