@@ -99,6 +99,7 @@ FAMILY = Family(
         [
             "calc_logits_for_entire_prompt",
             "max_position_embeddings",
+            "n_ctx",
             "num_logits_to_keep",
             "output_router_logits",
             "router_aux_loss_coef",

@@ -6,7 +6,7 @@ MAMBA = {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_s
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "attention_dropout": 0.1}
 MLP = {"intermediate_size": 96}
 EXPERTS = {
-    "n_routed_experts": 8,
+    "n_routed_experts": 6,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 48,
     "moe_shared_expert_intermediate_size": 40,
@@ -17,7 +17,7 @@ CONFIGS = [
     {
         **HYBRID,
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
-        "n_group": 4,
+        "n_group": 3,
         "topk_group": 2,
         "routed_scaling_factor": 2.5,
         "layer_norm_epsilon": 1e-2,
