@@ -7,7 +7,7 @@ from typing import Any
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.data.optional import need
 from hybrid_lm.hf.fields import ConversionError
-from hybrid_lm.hf.importing import family_of, local_folder
+from hybrid_lm.hf.importing import described, local_folder
 from hybrid_lm.hf.origin import TOKENIZERS
 
 
@@ -33,4 +33,5 @@ def of_checkpoint(place: str) -> tuple[ModelConfig, dict[str, Any] | None]:
     tokenizer = {"kind": "huggingface", "path": place} if has_one else None
     if config.model_type == "hybrid_lm":
         return ModelConfig.model_validate(from_json_safe(config.architecture)), tokenizer
-    return family_of(config.model_type, place).read(config.to_dict()), tokenizer
+    family, fields = described(config, place)
+    return family.read(fields), tokenizer

@@ -19,7 +19,7 @@ from hybrid_lm.files import new_folder, replace_text
 from hybrid_lm.hf.bundle import CONFIGURATION, MODELING, bundle
 from hybrid_lm.hf.card import model_card
 from hybrid_lm.hf.fields import ConversionError
-from hybrid_lm.hf.importing import Folder, family_of, local_folder, published, read_model
+from hybrid_lm.hf.importing import Folder, described, family_of, local_folder, published, read_model
 from hybrid_lm.hf.native import Target, choose, native_config, native_model
 from hybrid_lm.hf.native import save as save_native
 from hybrid_lm.hf.origin import GENERATION, origin
@@ -147,7 +147,7 @@ def from_hf(
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
             if config.model_type == "hybrid_lm":
                 return own_export(place, dtype)
-            family, fields = family_of(config.model_type, place), config.to_dict()
+            family, fields = described(config, place)
             folder = local_folder(place)
             wanted = wanted_dtype(dtype, config.dtype)
             model = read_model(family, fields, Folder(folder), dtype=wanted)

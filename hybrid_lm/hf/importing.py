@@ -80,6 +80,14 @@ def family_of(model_type: Any, what: str) -> Family:
     return FAMILIES[model_type]
 
 
+def described(config: Any, what: str) -> tuple[Family, dict[str, Any]]:
+    """The family of a configuration, and its fields; of one that sees images too (Qwen3.5), those of its
+    language model. Raises ConversionError as `family_of`."""
+    language = config.get_text_config()
+    config = language if language.model_type in FAMILIES else config
+    return family_of(config.model_type, what), config.to_dict()
+
+
 def local_folder(place: str) -> Path:
     """A folder, or the local copy of a hub name, fetched if need be: safetensors and JSON only."""
     path = Path(place)

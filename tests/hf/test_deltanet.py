@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from hybrid_lm.hf.convert import from_hf
 from hybrid_lm.hf.families import FAMILIES
 
-# The fields of Qwen/Qwen3-Next-80B-A3B-Instruct, those of the language model of Qwen/Qwen3.5-9B, and those
-# of allenai/Olmo-Hybrid-7B that are not as the classes' defaults, or not the classes' own.
+# Fields of Qwen3-Next, of the language models of Qwen3.5 to 3.8, and of what OLMo-core's converter writes, that
+# are not as the classes' defaults, or not the classes' own.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         "decoder_sparse_step": 1,
@@ -33,6 +33,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_text": {
         "attn_output_gate": True,
+        "output_gate_type": "swish",
         "full_attention_interval": 4,
         "mamba_ssm_dtype": "float32",
         "mlp_only_layers": [],
@@ -101,6 +102,9 @@ def test_published_keys_are_read(name, tmp_path):
             for x, part in zip("qkv", parts, strict=True)
         }
     save_file(stored, path, {"format": "pt"})
+    if name == "qwen3_5_text":
+        whole = AutoConfig.for_model("qwen3_5", text_config=theirs.config.to_dict())
+        whole.save_pretrained(tmp_path)
     x = torch.randint(257, (2, 19))
     with torch.no_grad():
         expected = theirs(x, use_cache=False).logits

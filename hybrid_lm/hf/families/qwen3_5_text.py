@@ -6,7 +6,7 @@ from typing import Any
 from hybrid_lm.hf.families.llama import ENDS, MLP
 from hybrid_lm.hf.families.nemotron_h import WithAttention
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Fields, Must, Options, Rope, Rule, Same
+from hybrid_lm.hf.fields import Agrees, Fields, Must, Options, Rope, Rule, Same
 from hybrid_lm.hf.weights import BY_HEAD, DEPTHWISE, FUSED, fused, linear, row
 
 
@@ -94,7 +94,12 @@ FAMILY = Family(
     layout=WithAttention(
         "layer_types", {"linear_attention": "gated_deltanet mlp", "full_attention": "attention mlp"}
     ),
-    rules=(*SIZES, TextRope(), Must("attn_output_gate", True)),
+    rules=(
+        *SIZES,
+        TextRope(),
+        Agrees("attn_output_gate", lambda f: True),
+        Agrees("output_gate_type", lambda f: "swish"),
+    ),
     fixed=FIXED,
     # What predicts further tokens is not read by the class; mamba_ssm_dtype is the type of the states, which
     # are in float32 here and there.
