@@ -41,8 +41,6 @@ class Cycle(Layout):
 
     def read(self, fields: Fields) -> list[Block]:
         kinds, n = list(fields["block_types"]), fields["num_hidden_layers"]
-        if not kinds:
-            raise ConversionError(f"block_types is empty: only {listed(KINDS)}")
         for kind in kinds:
             if kind not in KINDS:
                 raise ConversionError(f"block_types: {kind!r}: only {listed(KINDS)}")
@@ -87,8 +85,8 @@ FAMILY = Family(
         Whole("intermediate_size", lambda ours: 2 * ours["mlp.d_ff"]),
         Either("num_attention_heads", "attention.n_heads", "rg_lru.n_heads"),
         Same("num_key_value_heads", "attention.n_kv_heads", default=lambda f: f["num_attention_heads"]),
-        Derived("attention.head_dim", head_dim),
-        Agrees("head_dim", head_dim),
+        # No field of the class, and read by it all the same.
+        Same("head_dim", "attention.head_dim", default=head_dim),
         Same("attention_window_size", "attention.window"),
         Same("attention_bias", "attention.qkv_bias"),
         Same("attention_dropout", "attention.dropout"),

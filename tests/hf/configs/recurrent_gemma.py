@@ -22,6 +22,7 @@ CONFIGS = [
         **GRIFFIN,
         "block_types": ["attention", "recurrent"],
         "lru_width": 96,
+        "head_dim": 24,
         "attention_bias": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
         "tie_word_embeddings": False,
