@@ -236,6 +236,9 @@ def describe(config: ModelConfig, alphabet: Sequence[Block]) -> Options:
     for i, item in enumerate(items):
         if any("shared" in part for part in item):
             raise ConversionError(f"layer {i} shares its weights")
+        # A norm for each of one layer is the norm before it.
+        if len(item) == 1 and item[0]["residual"]["placement"] == "pre_each":
+            item[0]["residual"]["placement"] = "pre"
     layers, rest = [], iter(items)
     for block in blocks:
         layer: dict[str, Any] = {}

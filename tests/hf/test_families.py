@@ -254,6 +254,8 @@ def of(pattern: str, **more: object) -> ModelConfig:
         (of("(a f)x2", block={"eps": 1e-6}), "llama", "mamba", "layer 0 is attention"),
         (of("(a f)x2", layers={"f": {**F, "residual": {"eps": 1e-6}}}), None, "llama", "residual.eps"),
         (of("a f a"), None, "llama", "3 layers are no whole number of blocks"),
+        (of("(a f)x2", block={"placement": "pre_each"}), "llama", "gpt_neox", "norm is rmsnorm"),
+        (of("a+f a f"), None, "gpt_neox", "its blocks are of two sorts"),
         (of("a+m f"), None, "llama", r"layer 0 is attention\+mamba"),
         (of("m m"), "mamba", "falcon_mamba", "inner_norm is none, it has weightless"),
         (of("s s"), "mamba2", "mamba", "layer 0 is mamba2, it has mamba there"),
