@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from hybrid_lm.hf.convert import from_hf
 from hybrid_lm.hf.families import FAMILIES
 
-# Fields of Qwen3-Next, of the language models of Qwen3.5 to 3.8, and of what OLMo-core's converter writes, that
-# are not as the classes' defaults, or not the classes' own.
+# Fields of Qwen3-Next, of the language models of Qwen3.5 to 3.8, and of OLMo Hybrid as OLMo-core writes it,
+# that are not as the classes' defaults, or not the classes' own.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         "decoder_sparse_step": 1,
