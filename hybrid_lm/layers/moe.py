@@ -41,7 +41,7 @@ class MoE(Layer):
         gated: bool = True
         """Experts multiply by a second projection (SwiGLU with silu)."""
         bias: bool = False
-        """Biases in the experts."""
+        """Biases in the experts; the one for all tokens has none."""
         limit: Annotated[float, Field(gt=0.0)] | None = None
         """Experts are (up + 1) * gate * sigmoid(alpha gate), gate at most `limit`, up within +-`limit`
         (GPT-OSS)."""
@@ -149,8 +149,10 @@ class MoE(Layer):
         self.latent_in = Linear(d_in, width) if o.d_latent else None
         self.experts = Experts(width, o.inner(d_in), o.d_latent or self.d_out, o)
         self.latent_out = Linear(width, self.d_out, kind="output") if o.d_latent else None
-        shared = MLP.Options(d_ff=o.d_shared or None, act=o.act, gated=o.gated)
-        self.shared = MLP(d_in, shared, d_out=self.d_out) if o.d_shared else None
+        self.shared = None
+        if o.d_shared:
+            common = MLP.Options(d_ff=o.d_shared, act=o.act, gated=o.gated)
+            self.shared = MLP(d_in, common, d_out=self.d_out)
         self.shared_gate = Linear(d_in, 1) if o.shared_gate else None
 
     def forward(self, x: Tensor, state: None, ctx: Context) -> tuple[Tensor, None]:
@@ -186,7 +188,7 @@ class MoE(Layer):
             return scores, chosen, logits.gather(-1, chosen).softmax(-1) * o.scale
         weights = scores.gather(-1, chosen)
         if o.renormalise:
-            # DeepSeek-V3's constant, for sigmoids that are all 0.
+            # DeepSeek-V3's constant, here and below, for sigmoids that are all 0.
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return scores, chosen, weights * o.scale
 
@@ -220,7 +222,8 @@ class MoE(Layer):
         rate = o.balance_rate if learns else 0.0
         auxiliary.loads.append(Load(counts.detach(), self.router_correction, rate))
         if o.balance == "loss":
-            mean = (scores / scores.sum(-1, keepdim=True) * real[:, None]).sum(0) / n
+            shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+            mean = (shares * real[:, None]).sum(0) / n
             value = o.n_experts * (counts / (o.top_k * n) * mean).sum()
             auxiliary.terms.append(Term("balance", value, o.balance_factor))
         if o.z_loss:
@@ -260,7 +263,8 @@ class Experts(Module):
         inner = 2 * d_ff if o.gated else d_ff
         for name, shape, kind in (
             (self.first, (o.n_experts, inner, d_in), "matrix"),
-            ("down", (o.n_experts, d_out, d_ff), "output"),
+            # What writes to the residual stream is behind them if they have a width of their own.
+            ("down", (o.n_experts, d_out, d_ff), "matrix" if o.d_latent else "output"),
         ):
             self.add(name, shape, kind)
             if o.bias:
