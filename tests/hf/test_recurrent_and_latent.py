@@ -25,12 +25,12 @@ from hybrid_lm.model.stats import totals
 LFM2 = {
     "block_auto_adjust_ff_dim": True, "block_dim": 2048, "block_ff_dim": 12288,
     "block_ffn_dim_multiplier": 1.0, "block_mlp_init_scale": 1.0, "block_multiple_of": 256,
-    "block_norm_eps": 1e-05, "block_out_init_scale": 1.0, "block_use_swiglu": True, "block_use_xavier_init": True,
-    "conv_L_cache": 3, "conv_bias": False, "conv_dim": 2048, "conv_dim_out": 2048,
-    "conv_use_xavier_init": True, "full_attn_idxs": [2, 5, 8, 10, 12, 14], "hidden_size": 2048,
-    "max_position_embeddings": 128000, "norm_eps": 1e-05, "num_attention_heads": 32, "num_heads": 32, "num_hidden_layers": 16,
-    "num_key_value_heads": 8, "rope_theta": 1000000.0, "tie_embedding": True, "use_pos_enc": True,
-    "vocab_size": 65536,
+    "block_norm_eps": 1e-05, "block_out_init_scale": 1.0, "block_use_swiglu": True,
+    "block_use_xavier_init": True, "conv_L_cache": 3, "conv_bias": False, "conv_dim": 2048,
+    "conv_dim_out": 2048, "conv_use_xavier_init": True, "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "hidden_size": 2048, "max_position_embeddings": 128000, "norm_eps": 1e-05, "num_attention_heads": 32,
+    "num_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "rope_theta": 1000000.0,
+    "tie_embedding": True, "use_pos_enc": True, "vocab_size": 65536,
 }  # fmt: skip
 RECURRENT_GEMMA = {
     "attention_bias": False, "attention_dropout": 0.0, "attention_window_size": 2048,

@@ -4,13 +4,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid_lm.hf.families.llama import ENDS
+from hybrid_lm.hf.families.llama import ACTS, ENDS
 from hybrid_lm.hf.family import Family
 from hybrid_lm.hf.fields import (
     Agrees,
     Block,
     ConversionError,
     Derived,
+    EitherChoice,
     Fields,
     Layout,
     Must,
@@ -102,7 +103,7 @@ FAMILY = Family(
         Same("routed_scaling_factor", "moe.scale"),
         Derived("moe.d_shared", lambda f: f["n_shared_experts"] * f["moe_intermediate_size"]),
         SharedExperts("n_shared_experts", lambda ours: ours["moe.d_shared"] / ours["moe.d_ff"]),
-        Must("hidden_act", "silu", "swish"),
+        EitherChoice("hidden_act", ["mlp.act", "moe.act"], ACTS),
         Must("pretraining_tp", 1),
         # In the published files, and not read by the class.
         Agrees("scoring_func", lambda f: "sigmoid"),

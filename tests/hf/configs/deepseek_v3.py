@@ -35,6 +35,7 @@ CONFIGS = [
         **EXPERTS,
         "q_lora_rank": None,
         "attention_bias": True,
+        "hidden_act": "gelu_pytorch_tanh",
         "rope_interleave": False,
         "norm_topk_prob": False,
         "n_group": 1,
