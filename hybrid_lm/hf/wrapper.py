@@ -53,6 +53,8 @@ def from_json_safe(value: Any) -> Any:
 class HybridLMConfig(PreTrainedConfig):
     """The architecture (a `model` section, nothing left to defaults) and what Hugging Face's tools ask for.
 
+    `vocab_size` and `tie_word_embeddings` can be set; that changes `architecture` too.
+
     Raises ValueError if `vocab_size`, `hidden_size`, `num_hidden_layers` or `tie_word_embeddings` is given
     and contradicts `architecture`.
     """
@@ -79,6 +81,14 @@ class HybridLMConfig(PreTrainedConfig):
                     )
             kwargs |= derived
         super().__init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        architecture = vars(self).get("architecture")
+        if architecture is not None and key == "vocab_size":
+            architecture[key] = value
+        elif architecture is not None and key == "tie_word_embeddings":
+            architecture["embedding"] = {**architecture.get("embedding", {}), "tied": value}
 
     def model_config(self) -> ModelConfig:
         """The architecture as the `model` section of a run."""
@@ -117,7 +127,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
                 dtype=torch.get_default_dtype(),
                 weights=device.type != "meta",
             )
-        self.model = model
+        self.model, self.vocab_size = model, config.vocab_size
         self.chosen_for = "cpu" if device.type == "meta" else model.embed.weight.device.type
         # Those that our own modules keep in float32 too, by name, for a `dtype=bfloat16` of from_pretrained.
         self._keep_in_fp32_modules_strict = {
@@ -129,8 +139,11 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        # Called for modules that a checkpoint left incomplete. A parameter's start depends on its full name:
-        # the first call starts all that are missing.
+        # Called for modules that a checkpoint left incomplete, and for what transformers adds. A parameter's
+        # start depends on its full name: the first call starts all that are missing.
+        if not isinstance(module, Module) and isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            hf_init.normal_(module.weight, std=self.model.config.init.std)
+            return
         missing = [entry for entry in entries(self.model) if not is_filled(entry.parameter)]
         if missing:
             fresh = dict(build_model(self.config.model_config()).named_parameters())
@@ -245,34 +258,23 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         """The module that holds the output matrix (v d); None with tied weights: it is the embedding's."""
         return self.model.lm_head
 
-    def set_output_embeddings(self, new_embeddings: Linear) -> None:
-        """Puts another output matrix in its place."""
-        self.model.lm_head = new_embeddings
+    def set_output_embeddings(self, new_embeddings: torch.nn.Linear) -> None:
+        """Gives the output matrix the weight of another module. ValueError with tied weights."""
+        if self.model.lm_head is None:
+            raise ValueError("the output matrix is the embedding's; untie them first (tie_word_embeddings)")
+        self.model.lm_head.weight = new_embeddings.weight
+        self.model.lm_head.out_features = len(new_embeddings.weight)
 
-    @torch.no_grad()
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> Embedding:
-        """Cuts or extends the vocabulary; new rows are the mean of the old, or zero."""
-        n = new_num_tokens or self.config.vocab_size
-        if pad_to_multiple_of:
-            n = -(-n // pad_to_multiple_of) * pad_to_multiple_of
-        if n != self.config.vocab_size:
-            for owner, name in (
-                (self.model.embed, "weight"),
-                (self.model.lm_head, "weight"),
-                (self.model, "lm_bias"),
-            ):
-                resize(owner, name, n, mean_resizing)
-            self.model.embed.num_embeddings = n
-            if self.model.lm_head is not None:
-                self.model.lm_head.out_features = n
-            self.config.vocab_size = self.config.architecture["vocab_size"] = n
-            self.model.config = self.model.config.model_copy(update={"vocab_size": n})
-        return self.model.embed
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> torch.nn.Embedding:
+        """Cuts or extends the vocabulary as other classes do: new rows have the old ones' mean and spread."""
+        embed = super().resize_token_embeddings(*args, **kwargs)
+        n, bias = len(embed.weight), self.model.lm_bias
+        if bias is not None and len(bias) != n:
+            new = bias.detach().new_full((n,), float(bias.detach().float().mean()))
+            new[: len(bias)] = bias.detach()[:n]
+            self.model.lm_bias = torch.nn.Parameter(new, requires_grad=bias.requires_grad)
+        self.model.config = self.model.config.model_copy(update={"vocab_size": n})
+        return embed
 
 
 def balance_loss(model: HybridLM, added: Auxiliary, labels: Tensor, num_items: int | Tensor | None) -> Any:
@@ -283,17 +285,6 @@ def balance_loss(model: HybridLM, added: Auxiliary, labels: Tensor, num_items: i
     return (
         added.objective if num_items is None else added.objective * (labels[:, 1:] != -100).sum() / num_items
     )
-
-
-def resize(owner: Module | None, name: str, n: int, mean: bool) -> None:
-    """Gives a parameter of `owner`, if it has it, n rows: new ones are the mean of the old, or zero."""
-    old = None if owner is None else owner._parameters[name]
-    if owner is not None and old is not None:
-        new = old.new_zeros(n, *old.shape[1:])
-        new[: len(old)] = old[:n]
-        if mean and n > len(old):
-            new[len(old) :] = old.float().mean(0).to(old.dtype)
-        owner._parameters[name] = torch.nn.Parameter(new, requires_grad=old.requires_grad)
 
 
 def mark_filled(parameter: Tensor) -> None:
