@@ -109,8 +109,7 @@ def compare(
     dtype = torch.float64 if double else torch.float32
     # Backends, options and weights of `model` itself; only the arithmetic is widened.
     wide = model if model.embed.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
-    e = model.config.embedding
-    limit = e.max_positions if e.positions == "learned" and e.max_positions else TOKENS
+    limit = longest(model)
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size or 1, (ROWS, min(TOKENS, limit)), generator=rng)
     prompt = max(1, min(PROMPT, tokens.shape[1] - NEW))
@@ -140,6 +139,19 @@ def compare(
         "bound": bound,
         "greedy_tokens": ROWS * new,
     }
+
+
+def longest(model: HybridLM) -> int:
+    """Tokens on which the two must agree: as many as there are positions for, and up to where `dynamic` and
+    `longrope` read a prompt in transformers otherwise than they decode it (see `ops.rope`)."""
+    limits = [TOKENS, model.config.embedding.max_positions or TOKENS]
+    for part in model.modules():
+        if (rotation := getattr(part, "rotation", None)) is not None:
+            scaling = rotation.settings["scaling"] or {}
+            if scaling.get("rope_type") in ("dynamic", "longrope"):
+                original = scaling.get("original_max_position_embeddings")
+                limits.append(original or rotation.settings["max_positions"])
+    return min(limits)
 
 
 def continued(model: HybridLM, tokens: Tensor, prompt: int) -> Tensor:
