@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hybrid_lm.config.schema import BlockConfig, PerCallConfig
 from hybrid_lm.layers.base import Context, Layer, LayerList, LayerOptions, Module, State, StateList
@@ -45,12 +48,28 @@ class Branch(Layer):
 class Residual(Branch):
     """One item of a pattern: x + multiplier * dropout(branch(x))."""
 
+    gradient_checkpointing = False
+    """Whether training keeps only the input and computes the rest again for the gradients. Chen et al. 2016,
+    arXiv:1604.06174. transformers looks for this name and sets the function below."""
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+
     def __init__(self, layer: Layer, block: BlockConfig):
         super().__init__(layer, block)
         self.multiplier, self.dropout = block.residual_multiplier, block.dropout
 
     def forward(self, x: Tensor, state: State | None, ctx: Context) -> tuple[Tensor, State | None]:
-        y, state = super().forward(x, state, ctx)
+        # In forward, so that hooks of the module (FSDP's) run once, outside.
+        if self.gradient_checkpointing and self.training and state is None:
+            return self._gradient_checkpointing_func(partial(self.stateless, ctx), x, ctx.embeddings), None
+        return self.added(x, state, ctx)
+
+    def stateless(self, ctx: Context, x: Tensor, embeddings: Tensor | None) -> Tensor:
+        """The output (b t d) as a function of all that gradients flow through."""
+        return self.added(x, None, replace(ctx, embeddings=embeddings))[0]
+
+    def added(self, x: Tensor, state: State | None, ctx: Context) -> tuple[Tensor, State | None]:
+        """The stream with what the branch adds, (b t d), and the branch's memory."""
+        y, state = Branch.forward(self, x, state, ctx)
         if self.dropout:
             y = F.dropout(y, self.dropout, self.training)
         if self.multiplier != 1.0:

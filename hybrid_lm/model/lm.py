@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.layers.base import Auxiliary, Context, Layer, LayerList, Module, State
@@ -55,11 +53,6 @@ class ModelState(State):
 class HybridLM(Module):
     """A stack of residual layers over one embedding. `build_model` makes one; the constructor leaves weights
     unset."""
-
-    gradient_checkpointing = False
-    """Whether training keeps only the input of each layer and computes the rest again for the gradients. Chen
-    et al. 2016, arXiv:1604.06174. transformers looks for this name and sets the function below."""
-    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
 
     def __init__(
         self,
@@ -123,14 +116,10 @@ class HybridLM(Module):
         ctx.auxiliary = auxiliary
         x = ctx.embeddings = self.embedded(tokens, ctx.positions, embeds)
         memories = [None] * len(self.layers) if state is None else state.layers
-        again = self.gradient_checkpointing and self.training and state is None
         for i, layer in enumerate(self.layers):
             if hidden is not None:
                 hidden.append(x)
-            if again:
-                x = self._gradient_checkpointing_func(partial(stateless, layer, ctx), x, ctx.embeddings)
-            else:
-                x, memories[i] = layer(x, memories[i], ctx)
+            x, memories[i] = layer(x, memories[i], ctx)
         if state is not None:
             state.position = ctx.positions[:, -1] + 1
             state.seen += rows.shape[1]
@@ -189,6 +178,17 @@ class HybridLM(Module):
         """The output matrix (v d)."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training keeps only the input of each layer, and computes the rest again for gradients."""
+        return all(layer.gradient_checkpointing for layer in self.layers)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        layers: Iterable[Any] = self.layers
+        for layer in layers:
+            layer.gradient_checkpointing = on
+
     def empty_state(self, batch: int, *, max_tokens: int | None = None) -> ModelState:
         """The memory before the first token of `batch` sequences; `max_tokens` reserves room."""
         layers = [layer.empty_state(batch, max_tokens=max_tokens) for layer in self.layers]
@@ -245,11 +245,6 @@ class HybridLM(Module):
                 f"{limit} (model.embedding.max_positions); use shorter documents, or positions that have no "
                 "limit (rope, alibi)"
             )
-
-
-def stateless(layer: Layer, ctx: Context, x: Tensor, embeddings: Tensor) -> Tensor:
-    """A layer's output (b t d) as a function of all that gradients flow through."""
-    return layer(x, None, replace(ctx, embeddings=embeddings))[0]
 
 
 def check_order(doc_ids: Tensor, reset: Tensor, opened: Tensor | None) -> None:
