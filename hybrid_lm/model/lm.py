@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -185,8 +185,7 @@ class HybridLM(Module):
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
-        layers: Iterable[Any] = self.layers
-        for layer in layers:
+        for layer in list[Any](self.layers):
             layer.gradient_checkpointing = on
 
     def empty_state(self, batch: int, *, max_tokens: int | None = None) -> ModelState:
