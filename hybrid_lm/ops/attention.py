@@ -232,9 +232,13 @@ def _sdpa(
     width, values = q.shape[-1], v.shape[-1]
     if width != values:
         # The fast kernels want all heads equally wide, and the other keeps t * s scores: zeros in channels
-        # that are not there change nothing.
-        q, k, v = (F.pad(m, (0, max(width, values) - m.shape[-1])) for m in (q, k, v))
+        # that are not there change nothing. What is wide enough is left alone, for under torch.compile a pad
+        # of nothing has other strides than it is thought to have.
         scale = width**-0.5 if scale is None else scale
+        if width > values:
+            v = F.pad(v, (0, width - values))
+        else:
+            q, k = (F.pad(m, (0, values - width)) for m in (q, k))
         y = _sdpa(q, k, v, scale, mask=mask, is_causal=is_causal, dropout_p=dropout_p)
         return y[..., :values]
     # A branch, not an expression: with dynamic shapes a comparison is no bool until it is branched on.

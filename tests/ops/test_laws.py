@@ -171,7 +171,7 @@ def test_float32_stays_near_float64(case: Case, backend: str, generator: torch.G
 
 @pytest.mark.compile
 @pytest.mark.parametrize("dynamic", [False, True])
-@over([*FEW, scan(1), lru(1), ssd(1), delta_rule(1), conv(1)])
+@over([*FEW, scan(1), lru(1), ssd(1), delta_rule(1), conv(1), attention(1, 9, slopes=True)])
 def test_compiled_equals_eager(case: Case, backend: str, dynamic: bool, generator: torch.Generator) -> None:
     torch.compiler.reset()
     inputs = case.make(generator)
