@@ -280,7 +280,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
 def balance_loss(model: HybridLM, added: Auxiliary, labels: Tensor, num_items: int | Tensor | None) -> Any:
     """What layers add to the loss of a batch: its share, if a step is a mean over `num_items` labels."""
     how = getattr(model.layers[0]._gradient_checkpointing_func, "keywords", {})
-    if model.gradient_checkpointing and how.get("use_reentrant"):
+    if model.gradient_checkpointing and how.get("use_reentrant") is True:
         raise ValueError("the balance losses of experts get no gradient with use_reentrant; set it to False")
     return (
         added.objective if num_items is None else added.objective * (labels[:, 1:] != -100).sum() / num_items
