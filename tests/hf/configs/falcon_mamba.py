@@ -4,5 +4,11 @@ from native_sizes import MAMBA
 
 CONFIGS = [
     {**MAMBA, "layer_norm_epsilon": 1e-2, "mixer_rms_eps": 5e-2, "use_bias": True},
-    {**MAMBA, "use_conv_bias": False, "intermediate_size": 96, "tie_word_embeddings": False},
+    {
+        **MAMBA,
+        "use_conv_bias": False,
+        "conv_kernel": 3,
+        "intermediate_size": 96,
+        "tie_word_embeddings": False,
+    },
 ]

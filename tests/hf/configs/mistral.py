@@ -3,6 +3,6 @@
 from native_sizes import DECODER, YARN
 
 CONFIGS = [
-    {**DECODER, "rms_norm_eps": 1e-2, "sliding_window": 8, "head_dim": 24},
+    {**DECODER, "rms_norm_eps": 1e-2, "sliding_window": 8, "head_dim": 24, "hidden_act": "gelu"},
     {**DECODER, "sliding_window": 5, "tie_word_embeddings": True, "rope_parameters": YARN},
 ]

@@ -3,6 +3,6 @@
 from native_sizes import DECODER, LLAMA3
 
 CONFIGS = [
-    {**DECODER, "rms_norm_eps": 1e-2, "attention_bias": True},
+    {**DECODER, "rms_norm_eps": 1e-2, "attention_bias": True, "hidden_act": "relu"},
     {**DECODER, "head_dim": 24, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
 ]

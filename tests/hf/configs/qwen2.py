@@ -1,6 +1,6 @@
 """Configurations of qwen2 that together set every field off its default."""
 
-from native_sizes import DECODER
+from native_sizes import DECODER, YARN
 
 CONFIGS = [
     {
@@ -10,7 +10,13 @@ CONFIGS = [
         "sliding_window": 8,
         "max_window_layers": 1,
     },
-    {**DECODER, "head_dim": 24, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+    {
+        **DECODER,
+        "head_dim": 24,
+        "tie_word_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "rope_parameters": YARN,
+    },
     {
         **DECODER,
         "use_sliding_window": True,

@@ -33,7 +33,13 @@ CONFIGS = [
         "decoder_sparse_step": 2,
         "layer_types": ["linear_attention", "linear_attention", "full_attention", "full_attention"],
     },
-    {**SIZES, "rms_norm_eps": 1e-2, "attention_bias": True, "linear_conv_kernel_dim": 3},
+    {
+        **SIZES,
+        "rms_norm_eps": 1e-2,
+        "attention_bias": True,
+        "linear_conv_kernel_dim": 3,
+        "num_key_value_heads": 1,
+    },
 ]
 REWORDED = ("decoder_sparse_step", "intermediate_size", "mlp_only_layers")
 """Fields that come out in other words: which layers are dense is named one by one, and without such layers
