@@ -26,7 +26,7 @@ from transformers.utils import logging
 from hybrid_lm.hf.convert import from_hf, to_hf
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Must
+from hybrid_lm.hf.fields import Agrees, Must
 from hybrid_lm.hf.importing import published
 from hybrid_lm.hf.native import tensors_of
 from hybrid_lm.model.generate import generate
@@ -132,7 +132,7 @@ def fields_of(name: str) -> dict[str, list[str]]:
     family = FAMILIES[name]
     default = AutoConfig.for_model(name).to_dict()
     made = [AutoConfig.for_model(name, **options).to_dict() for options in CONFIGS[name]]
-    fixed = [field for rule in family.rules if isinstance(rule, Must) for field in rule.theirs]
+    fixed = [field for rule in family.rules if isinstance(rule, Must | Agrees) for field in rule.theirs]
     ruled = [field for rule in family.rules for field in rule.theirs if field not in fixed]
     mapped = dict.fromkeys((*family.layout.theirs, *ruled))
     off = [field for field in mapped if any(one.get(field) != default.get(field) for one in made)]

@@ -17,7 +17,7 @@ from hybrid_lm.config.dump import architecture
 from hybrid_lm.config.pattern import canon, expand
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf.family import Family, flat, nested
-from hybrid_lm.hf.fields import Block, ConversionError, Fields, Listed, Options, Rule, block, listed
+from hybrid_lm.hf.fields import Block, ConversionError, Fields, Listed, Must, Options, block, listed
 from hybrid_lm.hf.weights import FUSED, Placed, Row, Transform, row, unrolled
 from hybrid_lm.registry import table
 
@@ -36,10 +36,11 @@ class Hybrid(Listed):
         self.blocks = (block(mamba), block("inject"))
 
 
-class Tied(Rule):
+class Tied(Must):
     """`tie_word_embeddings`, which their classes need: otherwise each hybrid layer has a block of its own."""
 
-    theirs = ("tie_word_embeddings",)
+    def __init__(self) -> None:
+        super().__init__("tie_word_embeddings", True)
 
     def read(self, fields: Fields, ours: Options) -> None:
         if not fields["tie_word_embeddings"]:
