@@ -259,11 +259,11 @@ VERBS = {
             option(
                 "what",
                 nargs="?",
-                choices=["ops", "train", "generate"],
+                choices=["ops", "train", "generate", "gpu"],
                 default="ops",
-                help="each op; a training step; a token decoded; by default ops",
+                help="each op; a training step; a token decoded; the kernels on a GPU; by default ops",
             ),
-            option("--op", action="append", help="of ops: only this one; may be given again"),
+            option("--op", action="append", help="of ops and gpu: only this one; may be given again"),
             option("--length", type=counts, help="tokens, with commas for several (ops: with a plot)"),
             option(
                 "--threads",
@@ -275,6 +275,7 @@ VERBS = {
             option("--only", help="these candidates, with commas"),
             option("--no-compile", action="store_true", help="leave torch.compile out (it is slow)"),
             option("--no-memory", action="store_true", help="of ops: leave peak memory out"),
+            option("--dry-run", action="store_true", help="of gpu: list what would be measured"),
             option("--out", help="a JSON file; plots are written beside it"),
         ],
     ),

@@ -1,0 +1,259 @@
+"""The cases of `bench gpu`: shapes, the least time that each can take, and what is to be reached.
+
+The floors are arithmetic with three constants of one H200: copying and bf16 matrix products as they were
+measured on one, and the rate of exponentials by its number of units (16 in each of 132 multiprocessors, at
+1.98 GHz). A run's file has the first two as that run found them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lm.bench import gpu_peers as peers
+from hybrid_lm.bench.gpu_peers import Inputs, Way
+from hybrid_lm.bench.measure import Candidate
+from hybrid_lm.ops import causal_conv1d, selective_scan, ssd
+from hybrid_lm.ops.backend import report
+
+COPY = 4.3e12
+"""Bytes read and written in a second."""
+EXP = 132 * 16 * 1.98e9
+"""Exponentials, logarithms and reciprocals in a second."""
+MATMUL = 790e12
+"""Operations of bf16 matrix products in a second."""
+
+Sizes = Mapping[str, int]
+Floors = dict[str, float]
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """An op at one shape, in bf16 with float32 parameters."""
+
+    name: str
+    op: str
+    """Its name in the table of backends."""
+    sizes: Sizes
+    make: Callable[[Sizes, torch.device], Inputs]
+    ours: Callable[[Inputs, str], Tensor]
+    peers: tuple[Candidate, ...]
+    floors: Callable[[Sizes], Floors]
+    """Least milliseconds, by quantity; these quantities are what is measured."""
+    reach: Floors = field(default_factory=dict)
+    """Milliseconds to be reached, by quantity."""
+    state: str | None = None
+    """The input that is updated in place; such a case has no gradients and runs in a CUDA graph."""
+    small: Sizes = field(default_factory=dict)
+    """Sizes of a run that only shows that everything works."""
+
+    def inputs(self, sizes: Sizes, device: torch.device) -> Inputs:
+        """The same values in every process, as leaves."""
+        torch.manual_seed(0)
+        made = self.make(sizes, device)
+        return {name: v.requires_grad_(self.state is None) for name, v in made.items()}
+
+    def candidates(self, device: str) -> Iterator[Candidate]:
+        """Ours, one for each backend that runs on the device, then the peers."""
+        for backend in able(self.op, device):
+            yield Candidate(backend, partial(self._way, backend), ours=True)
+        yield from self.peers
+
+    def _way(self, backend: str) -> Way:
+        return Way(lambda v: self.ours(v, backend))
+
+
+def able(op: str, device: str) -> list[str]:
+    """Our backends of an op that run on a device, the one that `auto` takes first; no reference."""
+    rows = [row for row in report(device) if row.op == op and row.why_not is None]
+    kept = [row for row in rows if row.backend != "reference"]
+    return [row.backend for row in sorted(kept, key=lambda row: not row.chosen)]
+
+
+def reasons(op: str, device: str) -> dict[str, str]:
+    """Why the others of our backends do not run there."""
+    return {row.backend: row.why_not for row in report(device) if row.op == op and row.why_not is not None}
+
+
+def _bf16(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(*shape, device=device).to(torch.bfloat16)
+
+
+def scan_inputs(s: Sizes, device: torch.device, gated: bool = False) -> Inputs:
+    b, t, d, n = (s[k] for k in "btdn")
+    new = partial(_bf16, device=device)
+    made = {
+        "x": new(b, t, d),
+        "dt": (torch.randn(b, t, d, device=device) - 4.0).to(torch.bfloat16),
+        "A": -torch.arange(1, n + 1, device=device).float().repeat(d, 1),
+        "B": new(b, t, n),
+        "C": new(b, t, n),
+        "D": torch.randn(d, device=device),
+        "dt_bias": torch.randn(d, device=device),
+    }
+    return made | ({"z": new(b, t, d)} if gated else {})
+
+
+def ssd_inputs(s: Sizes, device: torch.device) -> Inputs:
+    b, t, h, p, g, n = (s[k] for k in "bthpgn")
+    new = partial(_bf16, device=device)
+    return {
+        "x": new(b, t, h, p),
+        "dt": (torch.randn(b, t, h, device=device) - 4.0).to(torch.bfloat16),
+        "A": -torch.linspace(1.0, 16.0, h, device=device),
+        "B": new(b, t, g, n),
+        "C": new(b, t, g, n),
+        "D": torch.randn(h, device=device),
+        "dt_bias": torch.randn(h, device=device),
+    }
+
+
+def step_inputs(s: Sizes, device: torch.device) -> Inputs:
+    state = torch.randn(s["b"], s["h"], s["p"], s["n"], device=device)
+    return {"state": state} | ssd_inputs({**s, "t": 1}, device)
+
+
+def conv_inputs(s: Sizes, device: torch.device) -> Inputs:
+    b, t, d, w = (s[k] for k in "btdw")
+    weight, bias = torch.randn(d, w, device=device), torch.randn(d, device=device)
+    return {"x": _bf16(b, t, d, device=device), "weight": weight, "bias": bias}
+
+
+def our_scan(v: Inputs, backend: str) -> Tensor:
+    x, dt, A, B, C = (v[k] for k in ("x", "dt", "A", "B", "C"))
+    how: dict[str, Any] = {"D": v["D"], "z": v.get("z"), "dt_bias": v["dt_bias"], "dt_softplus": True}
+    return selective_scan(x, dt, A, B, C, backend=backend, **how)[0]
+
+
+def our_ssd(v: Inputs, backend: str) -> Tensor:
+    x, dt, A, B, C = (v[k] for k in ("x", "dt", "A", "B", "C"))
+    return ssd(x, dt, A, B, C, D=v["D"], dt_bias=v["dt_bias"], dt_softplus=True, backend=backend)[0]
+
+
+def our_step(v: Inputs, backend: str) -> Tensor:
+    x, dt, A, B, C = (v[k] for k in ("x", "dt", "A", "B", "C"))
+    how: dict[str, Any] = {"D": v["D"], "dt_bias": v["dt_bias"], "dt_softplus": True, "donate": True}
+    y, state = ssd(x, dt, A, B, C, initial=v["state"], backend=backend, **how)
+    if state is not v["state"]:
+        # A backend that makes a new state has to bring it where the next step looks for it.
+        v["state"].copy_(state)
+    return y
+
+
+def our_conv(v: Inputs, backend: str) -> Tensor:
+    return causal_conv1d(v["x"], v["weight"], v["bias"], activation="silu", backend=backend)[0]
+
+
+def milliseconds(*seconds: float) -> float:
+    """Of the slowest of parts that go on at the same time."""
+    return 1e3 * max(seconds)
+
+
+def scan_floors(s: Sizes, gated: bool = False) -> Floors:
+    """Every tensor once, and one exponential for each channel, state and token, softplus and silu besides;
+    the backward pass computes them again and reads what the forward pass read."""
+    tensor = s["b"] * s["t"] * s["d"]
+    matrices = 4.0 * s["b"] * s["t"] * s["n"]  # B and C
+    exps = tensor * (s["n"] + 2.0 + 2.0 * gated)
+    forward = 2.0 * tensor * (3 + gated) + matrices
+    backward = 2.0 * tensor * (5 + 3 * gated) + 2 * matrices
+    return {
+        "fwd_ms": milliseconds(forward / COPY, exps / EXP),
+        "fwd_bwd_ms": milliseconds(forward / COPY, exps / EXP)
+        + milliseconds(backward / COPY, (exps + tensor * (2.0 + gated)) / EXP),
+    }
+
+
+def ssd_floors(s: Sizes, chunk: int = 64) -> Floors:
+    """Every tensor once, and the products of the chunked form, without its causal half being saved (Dao & Gu
+    2024, section 6); backward: the products again and twice as many of gradients."""
+    tokens = s["b"] * s["t"]
+    x, dt, matrices = (2.0 * tokens * k for k in (s["h"] * s["p"], s["h"], 2 * s["g"] * s["n"]))
+    per_token = s["g"] * chunk * s["n"] + s["h"] * chunk * s["p"] + 2 * s["h"] * s["p"] * s["n"]
+    flop = 2.0 * tokens * per_token
+    forward = milliseconds((2 * x + dt + matrices) / COPY, flop / MATMUL)
+    # x, dt, B, C and y's gradient in; the gradients of the four out
+    backward = milliseconds((3 * x + 2 * dt + 2 * matrices) / COPY, 3 * flop / MATMUL)
+    return {"fwd_ms": forward, "fwd_bwd_ms": forward + backward}
+
+
+def conv_floors(s: Sizes) -> Floors:
+    """x in, y out; backward: x and y's gradient in, x's out."""
+    tensor = 2.0 * s["b"] * s["t"] * s["d"]
+    return {"fwd_ms": 1e3 * 2 * tensor / COPY, "bwd_ms": 1e3 * 3 * tensor / COPY}
+
+
+def step_floors(s: Sizes) -> Floors:
+    """The float32 state in and out."""
+    return {"step_ms": 1e3 * 8.0 * s["b"] * s["h"] * s["p"] * s["n"] / COPY}
+
+
+LAYER = {"b": 8, "t": 4096, "d": 4096}
+TINY = {"b": 2, "t": 5, "d": 6}
+HEADS = {"h": 64, "p": 64, "g": 1, "n": 128}
+FEW = {"b": 2, "h": 2, "p": 4, "g": 1, "n": 8}
+
+
+def scan_case(name: str, sizes: Sizes, gated: bool, reach: Floors | None = None) -> GpuCase:
+    make, floors = partial(scan_inputs, gated=gated), partial(scan_floors, gated=gated)
+    small = {**TINY, "n": 4}
+    return GpuCase(
+        name, "selective_scan", sizes, make, our_scan, peers.SCAN, floors, reach or {}, small=small
+    )
+
+
+def step_case(heads: int, reach: Floors | None = None) -> GpuCase:
+    sizes = {**HEADS, "b": heads // HEADS["h"]}
+    how: dict[str, Any] = {"reach": reach or {}, "state": "state", "small": FEW}
+    return GpuCase(f"step_{heads}", "ssd", sizes, step_inputs, our_step, peers.STEP, step_floors, **how)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        scan_case("scan", {**LAYER, "n": 16}, False, {"fwd_ms": 0.85, "fwd_bwd_ms": 2.8}),
+        scan_case("scan_gated", {**LAYER, "n": 16}, True),
+        scan_case("scan_one", {**LAYER, "b": 1, "n": 16}, False),
+        scan_case("scan_one_long", {**LAYER, "b": 1, "t": 65536, "n": 16}, False),
+        GpuCase(
+            "ssd",
+            "ssd",
+            {"b": 8, "t": 4096, **HEADS},
+            ssd_inputs,
+            our_ssd,
+            peers.SSD,
+            ssd_floors,
+            {"fwd_ms": 0.45, "fwd_bwd_ms": 2.0},
+            small={**FEW, "t": 5},
+        ),
+        GpuCase(
+            "ssd_one",
+            "ssd",
+            {"b": 1, "t": 65536, **HEADS},
+            ssd_inputs,
+            our_ssd,
+            peers.SSD,
+            ssd_floors,
+            small={**FEW, "t": 5},
+        ),
+        GpuCase(
+            "conv",
+            "causal_conv1d",
+            {**LAYER, "w": 4},
+            conv_inputs,
+            our_conv,
+            peers.CONV,
+            conv_floors,
+            {"fwd_ms": 0.15, "bwd_ms": 0.23},
+            small={**TINY, "w": 4},
+        ),
+        # 88 % of the rate of copying
+        step_case(8192, {"step_ms": step_floors({**HEADS, "b": 128})["step_ms"] / 0.88}),
+        *(step_case(heads) for heads in (64, 512, 1024, 4096, 32768)),
+    )
+}
