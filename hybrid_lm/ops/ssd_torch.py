@@ -225,10 +225,12 @@ def _setup(ctx, inputs, output):
 
 
 def _gradient(ctx, gy, gstate, _):
-    x, before = ctx.saved_tensors[0], ctx.saved_tensors[-1]
+    # Once: under activation checkpointing they can be had only once.
+    saved = ctx.saved_tensors
+    x, before = saved[0], saved[-1]
     gy = torch.zeros_like(x) if gy is None else gy
     gstate = _as_state(torch.zeros_like(before[0]), x.shape[-1]) if gstate is None else gstate
-    return *_ssd_backward(gy, gstate, *ctx.saved_tensors, ctx.chunk), None, None
+    return *_ssd_backward(gy, gstate, *saved, ctx.chunk), None, None
 
 
 _ssd.register_autograd(_gradient, setup_context=_setup)
