@@ -46,19 +46,3 @@ FAMILIES = Registry(
     },
 )
 """In the order in which an export looks for a class that fits."""
-
-
-def families_table() -> str:
-    """The families as a Markdown table, for the README."""
-    rows = [
-        "| family | class | one of its layers is | its settings that are read and written |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name in FAMILIES:
-        family = FAMILIES[name]
-        ruled = (field for rule in family.rules for field in rule.theirs)
-        fields = [f"`{field}`" for field in dict.fromkeys((*family.layout.theirs, *ruled))]
-        blocks = (" ".join(f"`{'+'.join(item)}`" for item in block) for block in family.layout.blocks)
-        block = " or ".join(blocks)
-        rows.append(f"| {name} | `{family.class_name}` | {block} | {', '.join(fields)} |")
-    return "\n".join(rows)
