@@ -86,10 +86,6 @@ def test_the_readmes_table_of_layers_is_the_table_of_layers():
     assert show.layers() in README, "paste the output of `hybrid-lm show layers`"
 
 
-def test_the_readmes_table_of_families_is_what_was_measured():
-    assert show.families() in README, "paste the output of `hybrid-lm show families`"
-
-
 @pytest.mark.parametrize("name", config_names())
 def test_the_command_in_a_configurations_header(name, folder):
     path = configs_dir() / f"{name}.yaml"
