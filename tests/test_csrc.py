@@ -16,6 +16,7 @@ struct Thread {
   using S = float;
   static HYBRID_LM_FN V exp2(V v) { return exp2f(v); }
   static HYBRID_LM_FN V log1p(V v) { return log1pf(v); }
+  static HYBRID_LM_FN V reciprocal(V v) { return 1 / v; }
   static HYBRID_LM_FN V broadcast(S s) { return s; }
   static HYBRID_LM_FN V select(bool mask, V yes, V no) { return mask ? yes : no; }
 };

@@ -108,6 +108,7 @@ struct Lanes {
   static HYBRID_LM_FN V select(M mask, V yes, V no) {
     return mask ? yes : no;
   }
+  static HYBRID_LM_FN V reciprocal(V v) { return broadcast(1) / v; }
   static HYBRID_LM_FN V exp2(V v) { return exp2_of(v); }
   static HYBRID_LM_FN V log1p(V t) { return t * log1p_over(t); }
   // From and to memory of any alignment.

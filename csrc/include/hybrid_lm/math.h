@@ -1,7 +1,7 @@
 // The functions inside the recurrences, written once for every kind of lane that a kernel computes with. A kind L
 // (`Lanes` of cpu/simd.h: a vector of a CPU; a CUDA thread's single number) brings the types V (what it computes
-// with) and S (one element of it) and the functions exp2(V), log1p(V) on [0, 1], select(mask, V, V) and broadcast(S);
-// the rest is arithmetic. NaN and infinity go through all of them.
+// with) and S (one element of it) and the functions exp2(V), log1p(V) on [0, 1], reciprocal(V), select(mask, V, V) and
+// broadcast(S); the rest is arithmetic. NaN and infinity go through all of them.
 #pragma once
 
 #include "hybrid_lm/portable.h"
@@ -23,7 +23,7 @@ HYBRID_LM_FN typename L::V softplus(typename L::V v) {
 template <class L>
 HYBRID_LM_FN typename L::V sigmoid(typename L::V v) {
   using S = typename L::S;
-  return L::broadcast(1) / (L::exp2(v * S(-LOG2E)) + S(1));
+  return L::reciprocal(L::exp2(v * S(-LOG2E)) + S(1));
 }
 
 template <class L>

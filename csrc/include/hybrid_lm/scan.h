@@ -25,6 +25,21 @@ struct ScanTokens {
   const uint8_t* reset;  // [token]: true where the state before the token is forgotten
 };
 
+// One token of a lane whose N states are in registers: h is updated; returns C_t . h_t.
+template <int N, class L>
+HYBRID_LM_FN typename L::V scan_token(typename L::V (&h)[N], const typename L::V (&A)[N], typename L::V dt,
+                                      typename L::V input, const typename L::S (&B)[N],
+                                      const typename L::S (&C)[N]) {
+  using V = typename L::V;
+  // Two sums: half as long a chain of additions.
+  V even = V{}, odd = V{};
+  for (int n = 0; n < N; ++n) {
+    h[n] = L::exp2(dt * A[n]) * h[n] + input * B[n];
+    (n % 2 ? odd : even) += h[n] * C[n];
+  }
+  return even + odd;
+}
+
 // h (`stride` V's from one state to the next) is updated; C_t . h_t is added to y.
 template <int N, class L>
 HYBRID_LM_FN void scan_forward(const ScanTokens<L>& v, const typename L::V* A, typename L::V* h, int64_t stride,

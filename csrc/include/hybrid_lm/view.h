@@ -1,7 +1,7 @@
 // A tensor as a kernel sees it: a pointer, the type of an element, and strides counted in elements.
 #pragma once
 
-#include <cstdint>
+#include "hybrid_lm/portable.h"
 
 namespace hybrid_lm {
 
@@ -12,7 +12,7 @@ struct View {
   Type type = Type::f32;
   int64_t stride[5] = {0, 0, 0, 0, 0};
 
-  explicit operator bool() const { return data != nullptr; }
+  HYBRID_LM_FN explicit operator bool() const { return data != nullptr; }
 };
 
 }  // namespace hybrid_lm

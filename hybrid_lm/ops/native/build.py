@@ -3,7 +3,7 @@
 `csrc/cpu/kernels/*.cpp` is compiled once for each instruction set, which HYBRID_LM_ISA names, and
 `csrc/cpu/*.cpp` once; HYBRID_LM_HAS_AVX2 and its like tell it which sets there are. Which kernels run is
 chosen at run time. A build appears whole or not at all; of two processes that start one, the second takes
-what the first made.
+what the first made. How the library for CUDA is made stands in `build_cuda.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +78,8 @@ class Plan:
     compiler: Compiler
     units: Sequence[Unit]
     link: tuple[str, ...]
+    notes: Mapping[str, object] = field(default_factory=dict)
+    """What else the manifest says."""
 
     def facts(self) -> dict[str, object]:
         """What the library is made of, without the places where things lie on this machine."""
@@ -88,6 +90,7 @@ class Plan:
             "abi_target": library.ABI_TARGET,
             "units": {unit.object: unit.flags for unit in self.units},
             "link": self.link,
+            **self.notes,
         }
 
     def folder(self) -> Path:
@@ -107,9 +110,10 @@ def build(
     """Compiles the native library unless the cache has it, and makes it the one that is loaded from now on.
 
     Args:
-        target: what runs it: cpu.
-        arch: instruction sets with commas between them, of baseline, avx2 and avx512 on x86-64; by default
-            all of the processor's family. The baseline is always among them.
+        target: what runs it: cpu or cuda; emulated: the kernels for CUDA on the host, for tests.
+        arch: cpu: instruction sets with commas between them, of baseline, avx2 and avx512 on x86-64; by
+            default all of the processor's family. The baseline is always among them. cuda: architectures like
+            sm_90; by default those of the GPUs that are here.
         sanitize: `address,undefined`: a library for a search for errors, which is loaded only if
             HYBRID_LM_NATIVE names it.
         force: compile even if the cache has it.
@@ -134,7 +138,8 @@ def fetch(plan: Plan, chosen: Path | None, force: bool, progress: Progress | Non
     with alone(folder.parent, plan.target):
         # Another process may have made it while this one waited.
         if force or not path.is_file():
-            check_age(plan.compiler)
+            if plan.target != "cuda":
+                check_age(plan.compiler)
             with new_folder(folder, f"cannot write {folder}") as new:
                 make(plan, new, progress or (lambda done, total: None))
                 if plan.folder() != folder:
@@ -151,10 +156,6 @@ def names(pointer: Path, folder: Path) -> bool:
 
 def make_plan(target: str, arch: str | None, sanitize: str | None, sources: Path | None) -> Plan:
     """What `build` would do. Raises NativeBuildError for a wish that cannot be met here."""
-    if target == "cuda":
-        raise NativeBuildError(
-            "this version has no CUDA kernels; `hybrid-lm build-native cpu` builds those it has"
-        )
     if target not in TARGETS:
         raise NativeBuildError(unknown("target", target, TARGETS))
     sources = sources or library.csrc()
@@ -190,7 +191,25 @@ def cpu_plan(sources: Path, arch: str | None, sanitize: str | None) -> Plan:
     return Plan("cpu", sources, find_compiler(), units, ("-shared", *checks, "-ltorch_cpu"))
 
 
-TARGETS: dict[str, Callable[[Path, str | None, str | None], Plan]] = {"cpu": cpu_plan}
+def cuda_plan(sources: Path, arch: str | None, sanitize: str | None) -> Plan:
+    """The CUDA library."""
+    from hybrid_lm.ops.native import build_cuda
+
+    return build_cuda.cuda_plan(sources, arch, sanitize)
+
+
+def emulated_plan(sources: Path, arch: str | None, sanitize: str | None) -> Plan:
+    """The kernels for CUDA as a library for the CPU, for tests."""
+    from hybrid_lm.ops.native import build_cuda
+
+    return build_cuda.emulated_plan(sources, arch, sanitize)
+
+
+TARGETS: dict[str, Callable[[Path, str | None, str | None], Plan]] = {
+    "cpu": cpu_plan,
+    "cuda": cuda_plan,
+    "emulated": emulated_plan,
+}
 
 
 def find_compiler() -> Compiler:

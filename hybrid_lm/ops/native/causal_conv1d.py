@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lm.ops.backend import register
-from hybrid_lm.ops.native.library import why_not
+from hybrid_lm.ops.native.library import why_not_on_cpu
 from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, refuse_second_gradients
 
 INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu"
@@ -72,4 +72,4 @@ def _gradient(ctx, gy, gstate):
 
 torch.library.register_autograd(f"{NAMESPACE}::causal_conv1d", _gradient, setup_context=_setup)
 refuse_second_gradients("causal_conv1d_backward")
-register("causal_conv1d", "native", run=causal_conv1d_native, why_not=why_not)
+register("causal_conv1d", "native", run=causal_conv1d_native, why_not=why_not_on_cpu)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm.ops.backend import register
-from hybrid_lm.ops.native.library import why_not
+from hybrid_lm.ops.native.library import why_not_on_cpu
 from hybrid_lm.ops.native.operators import NAMESPACE, declare, tracked
 
 # Rows of x up to which reading the weights decides.
@@ -31,4 +31,4 @@ def _(x, weight, bias):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-register("linear", "native", run=linear_native, why_not=why_not)
+register("linear", "native", run=linear_native, why_not=why_not_on_cpu)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lm.ops.backend import register
-from hybrid_lm.ops.native.library import why_not
+from hybrid_lm.ops.native.library import why_not_on_cpu
 from hybrid_lm.ops.native.operators import NAMESPACE, declare, refuse_second_gradients
 from hybrid_lm.ops.norm import GateOrder
 
@@ -67,5 +67,5 @@ def _gradient(ctx, gy):
 
 torch.library.register_autograd(f"{NAMESPACE}::rms_norm", _gradient, setup_context=_setup)
 refuse_second_gradients("rms_norm_backward")
-register("rms_norm", "native", run=rms_norm_native, why_not=why_not)
-register("gated_rms_norm", "native", run=gated_rms_norm_native, why_not=why_not)
+register("rms_norm", "native", run=rms_norm_native, why_not=why_not_on_cpu)
+register("gated_rms_norm", "native", run=gated_rms_norm_native, why_not=why_not_on_cpu)

@@ -1,4 +1,4 @@
-"""The selective scan's native backend: `csrc/cpu/kernels/scan.cpp` and `scan_backward.cpp`."""
+"""The selective scan's native backend: `csrc/cpu/kernels/scan*.cpp` and `csrc/cuda/scan*.cu`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.native.library import why_not
 from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, refuse_second_gradients, tracked
 from hybrid_lm.ops.precision import wide
+from hybrid_lm.ops.selective_scan_torch import selective_scan_torch
 
-# Tokens between two states that are kept for the backward pass: SCAN_CHUNK of csrc/cpu/kernels.h.
-CHUNK = 32
+# Tokens between two states that are kept for the backward pass: SCAN_CHUNK of csrc/cpu/kernels.h and of
+# csrc/cuda/kernels.h.
+CHUNKS = {"cpu": 32, "cuda": 64}
+# Devices whose kernels compute in float32 alone, and on as many states as a warp has room for (SCAN_STATES of
+# csrc/cuda/kernels.h); the rest is left to PyTorch.
+NARROW = {"cuda"}
+STATES = 512
 
 INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
@@ -45,6 +51,9 @@ def selective_scan_native(
     reset: Tensor | None = None,
     donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    if x.device.type in NARROW and (x.dtype == torch.float64 or A.shape[1] > STATES):
+        rest = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "initial": initial, "reset": reset}
+        return selective_scan_torch(x, dt, A, B, C, D=D, z=z, **rest)
     tensors = (x, dt, A, B, C, D, z, dt_bias)
     if donate and may_take(initial, wide(x), *tensors):
         return operators.selective_scan_(*tensors, dt_softplus, initial, reset), initial
@@ -57,7 +66,8 @@ def selective_scan_native(
 def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, reset, keep):
     b, t, d = x.shape
     n = A.shape[1]
-    before = x.new_empty((-(-t // CHUNK), b, n, d) if keep else (0,), dtype=wide(x))
+    chunk = CHUNKS.get(x.device.type, CHUNKS["cpu"])
+    before = x.new_empty((-(-t // chunk), b, n, d) if keep else (0,), dtype=wide(x))
     return x.new_empty(x.shape), x.new_empty((b, d, n), dtype=wide(x)), before
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lm.ops.backend import register
-from hybrid_lm.ops.native.library import why_not
+from hybrid_lm.ops.native.library import why_not_on_cpu
 from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, refuse_second_gradients, tracked
 from hybrid_lm.ops.precision import wide
 
@@ -89,4 +89,4 @@ def _gradient(ctx, gy, gstate, _):
 
 torch.library.register_autograd(f"{NAMESPACE}::ssd", _gradient, setup_context=_setup)
 refuse_second_gradients("ssd_backward")
-register("ssd", "native", run=ssd_native, why_not=why_not)
+register("ssd", "native", run=ssd_native, why_not=why_not_on_cpu)

@@ -1,0 +1,183 @@
+// What the forward and the backward pass of the causal convolution share: who does what, and how rows come in.
+//
+// A thread owns VEC neighbouring channels, which are one access to memory, for a stretch of tokens. It walks down the
+// stretch GROUP tokens at a time with the last TAPS - 1 inputs in registers, and the next group's on their way. The
+// kernels exist for 4 and for 8 taps; a narrower filter leaves out the first ones.
+//
+// Rows of a group are numbered from the first that its first token sees: row i + k is what tap k of token i multiplies.
+// A reset at token i closes all rows below i + TAPS - 1: `closed` is the number of the last document's first row.
+#pragma once
+
+#include "cuda/conv.h"
+#include "cuda/device.cuh"
+
+namespace hybrid_lm {
+
+constexpr int CONV_THREADS = 128;
+constexpr int CONV_LANES = 32, CONV_WARPS = CONV_THREADS / CONV_LANES;
+
+// How tokens are cut into stretches: by the shape alone, so that the same call gives the same bits on every device.
+struct ConvGrid {
+  int64_t vectors;    // threads that a token's channels take
+  int64_t length;     // tokens of a stretch
+  int64_t stretches;  // of a sequence
+
+  ConvGrid(int64_t batch, int64_t tokens, int64_t width, int vec) {
+    vectors = (width + vec - 1) / vec;
+    // Each stretch reads the rows before it once more. Threads enough for a large device are worth more than that.
+    length = 64;
+    while (length > 16 && batch * vectors * ((tokens + length - 1) / length) < 131072) length /= 2;
+    stretches = (tokens + length - 1) / length;
+  }
+};
+
+// What a thread has to do.
+struct ConvPlace {
+  int64_t row, begin, end;  // of the batch; tokens
+  int64_t channel;
+  int count;                // of its channels that are there, 0 for none
+
+  HYBRID_LM_DEVICE ConvPlace(const ConvArgs& a, int64_t length, int vec, int64_t row, int64_t stretch, int64_t vector)
+      : row(row), begin(stretch * length), channel(vector * vec) {
+    end = begin + length < a.tokens ? begin + length : a.tokens;
+    const int64_t left = a.width - channel;
+    count = begin >= end || left <= 0 ? 0 : left < vec ? int(left) : vec;
+  }
+};
+
+// VEC neighbouring numbers, as they lie in memory.
+template <class T, int VEC>
+struct alignas(VEC * sizeof(typename T::Bits)) ConvRow {
+  typename T::Bits at[VEC];
+
+  HYBRID_LM_DEVICE void load(const typename T::Bits* from, int count) {
+    if (count == VEC) {
+      *this = *reinterpret_cast<const ConvRow*>(from);
+    } else {
+      HYBRID_LM_UNROLL
+      for (int v = 0; v < VEC; ++v) at[v] = v < count ? from[v] : typename T::Bits(0);
+    }
+  }
+
+  HYBRID_LM_DEVICE void store(typename T::Bits* to, int count) const {
+    if (count == VEC) {
+      *reinterpret_cast<ConvRow*>(to) = *this;
+    } else {
+      HYBRID_LM_UNROLL
+      for (int v = 0; v < VEC; ++v)
+        if (v < count) to[v] = at[v];
+    }
+  }
+
+  HYBRID_LM_DEVICE void wide(float (&to)[VEC]) const {
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v) to[v] = T::wide(at[v]);
+  }
+
+  HYBRID_LM_DEVICE void narrow(const float (&from)[VEC]) {
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v) at[v] = T::narrow(from[v]);
+  }
+};
+
+template <class T>
+HYBRID_LM_DEVICE typename T::Bits* conv_at(const View& v, const ConvPlace& at, int64_t token) {
+  return static_cast<typename T::Bits*>(v.data) + at.row * v.stride[0] + token * v.stride[1] + at.channel;
+}
+
+// Place of a number of one of the small tensors (b w-1 d).
+HYBRID_LM_DEVICE int64_t conv_small(const View& v, const ConvPlace& at, int64_t j, int channel) {
+  return at.row * v.stride[0] + j * v.stride[1] + (at.channel + channel) * v.stride[2];
+}
+
+HYBRID_LM_DEVICE bool conv_reset(const ConvArgs& a, const ConvPlace& at, int64_t token) {
+  return a.reset && static_cast<const uint8_t*>(a.reset.data)[at.row * a.reset.stride[0] + token * a.reset.stride[1]];
+}
+
+// A thread's weights; what is not there is 0.
+template <int VEC, int TAPS>
+struct ConvWeights {
+  float tap[TAPS][VEC], bias[VEC];
+  int first;  // the filter's first tap
+
+  HYBRID_LM_DEVICE ConvWeights(const ConvArgs& a, const ConvPlace& at) : first(TAPS - int(a.taps)) {
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v) {
+      const int64_t channel = at.channel + v;
+      const bool there = v < at.count;
+      bias[v] = there && a.bias ? read(a.bias, channel * a.bias.stride[0]) : 0.0f;
+      HYBRID_LM_UNROLL
+      for (int k = 0; k < TAPS; ++k)
+        tap[k][v] = there && k >= first
+                        ? read(a.weight, channel * a.weight.stride[0] + (k - first) * a.weight.stride[1])
+                        : 0.0f;
+    }
+  }
+};
+
+// The rows before a stretch's first token. Returns `closed`.
+template <class T, int VEC, int TAPS, int ROWS>
+HYBRID_LM_DEVICE int conv_before(const ConvArgs& a, const ConvPlace& at, int first, float (&row)[ROWS][VEC]) {
+  int closed = 0;
+  HYBRID_LM_UNROLL
+  for (int j = 0; j < TAPS - 1; ++j) {
+    const int64_t token = at.begin - (TAPS - 1) + j;
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v) row[j][v] = 0.0f;
+    if (j < first) continue;
+    if (token >= 0) {
+      ConvRow<T, VEC> bits;
+      bits.load(conv_at<T>(a.x, at, token), at.count);
+      bits.wide(row[j]);
+      if (conv_reset(a, at, token)) closed = j;
+    } else if (a.initial && token + a.taps - 1 >= 0) {
+      HYBRID_LM_UNROLL
+      for (int v = 0; v < VEC; ++v)
+        if (v < at.count) row[j][v] = read(a.initial, conv_small(a.initial, at, token + a.taps - 1, v));
+    }
+  }
+  return closed;
+}
+
+// A group of rows on its way; zeros and no resets from `stop` on.
+template <class T, int VEC, int GROUP>
+struct ConvGroup {
+  ConvRow<T, VEC> at[GROUP];
+
+  HYBRID_LM_DEVICE void fetch(const View& from, const ConvPlace& place, int64_t token, int64_t stop) {
+    HYBRID_LM_UNROLL
+    for (int i = 0; i < GROUP; ++i)
+      at[i].load(conv_at<T>(from, place, token + i), from && token + i < stop ? place.count : 0);
+  }
+};
+
+// The sum of a token, before the activation.
+template <int VEC, int TAPS, int ROWS>
+HYBRID_LM_DEVICE void conv_sum(const ConvWeights<VEC, TAPS>& w, const float (&row)[ROWS][VEC], int i, int closed,
+                               float (&sum)[VEC]) {
+  HYBRID_LM_UNROLL
+  for (int v = 0; v < VEC; ++v) sum[v] = w.bias[v];
+  HYBRID_LM_UNROLL
+  for (int k = 0; k < TAPS; ++k) {
+    // Not a factor of 0: what stands before the filter or the document may be infinite.
+    if (k < w.first || i + k < closed) continue;
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v) sum[v] += w.tap[k][v] * row[i + k][v];
+  }
+}
+
+// Whether rows of VEC numbers begin where an access of their size may.
+template <class T>
+inline bool conv_aligned(const ConvArgs& a, const View& v, int vec) {
+  if (!v) return true;
+  if (reinterpret_cast<uintptr_t>(v.data) % (vec * sizeof(typename T::Bits))) return false;
+  return (a.batch == 1 || v.stride[0] % vec == 0) && (a.tokens == 1 || v.stride[1] % vec == 0);
+}
+
+template <class F>
+inline const char* with_conv_type(Type type, const F& f) {
+  if (type == Type::f32) return f(Float());
+  return type == Type::bf16 ? f(BFloat()) : f(Half());
+}
+
+}  // namespace hybrid_lm

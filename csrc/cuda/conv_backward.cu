@@ -1,0 +1,200 @@
+// The causal convolution, backward.
+//
+// A thread goes on for the taps beyond its stretch, whose gradients are its own rows' too, and computes the sums before
+// the activation again. A row's gradient is complete, and stored, when the last token that sees it is done. What a
+// thread has of the weights' gradients is added up over the block's stretches, in one order, and stored as a part; a
+// second kernel adds the parts.
+#include "cuda/conv.cuh"
+
+namespace hybrid_lm {
+namespace {
+
+// Channels of a thread. More would be more registers than leave room for other threads.
+constexpr int WIDE = 4;
+
+template <int VEC>
+struct ConvBlocks {
+  ConvGrid grid;
+  int64_t tiles;   // of channels: LANES threads each
+  int64_t groups;  // of stretches of a sequence: WARPS each
+
+  explicit ConvBlocks(const ConvArgs& a) : grid(a.batch, a.tokens, a.width, VEC) {
+    tiles = (grid.vectors + CONV_LANES - 1) / CONV_LANES;
+    groups = (grid.stretches + CONV_WARPS - 1) / CONV_WARPS;
+  }
+  HYBRID_LM_FN int64_t parts(int64_t batch) const { return batch * groups; }
+};
+
+// Stores the finished gradient of a token's input, or of one of `initial`, if it is this thread's.
+template <class T, int VEC>
+HYBRID_LM_DEVICE void conv_finish(const ConvGradArgs& a, const ConvPlace& at, int64_t token, bool open,
+                                  float (&g)[VEC]) {
+  const int64_t before = token + a.taps - 1, kept = before - a.tokens;  // its place in `initial`, and in the state
+  if (token >= at.end || before < 0 || (token < at.begin && at.begin > 0)) return;
+  if (a.gstate && kept >= 0 && open) {
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v)
+      if (v < at.count) g[v] += read(a.gstate, conv_small(a.gstate, at, kept, v));
+  }
+  if (token >= 0) {
+    ConvRow<T, VEC> bits;
+    bits.narrow(g);
+    bits.store(conv_at<T>(a.gx, at, token), at.count);
+  } else if (a.ginitial) {
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v)
+      if (v < at.count) write(a.ginitial, conv_small(a.ginitial, at, before, v), g[v]);
+  }
+}
+
+template <class T, int VEC, int TAPS, int GROUP>
+__global__ void __launch_bounds__(CONV_THREADS) conv_backward_kernel(const ConvGradArgs a, const ConvBlocks<VEC> blocks) {
+  constexpr int ROWS = TAPS - 1 + GROUP;
+  const int64_t tile = int64_t(blockIdx.x) % blocks.tiles, part = int64_t(blockIdx.x) / blocks.tiles;
+  const int lane = threadIdx.x % CONV_LANES, warp = threadIdx.x / CONV_LANES;
+  const ConvPlace at(a, blocks.grid.length, VEC, part / blocks.groups, part % blocks.groups * CONV_WARPS + warp,
+                     tile * CONV_LANES + lane);
+  float gtap[TAPS + 1][VEC];  // the last: of the bias
+  HYBRID_LM_UNROLL
+  for (int k = 0; k <= TAPS; ++k) {
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v) gtap[k][v] = 0.0f;
+  }
+  if (at.count) {
+    const ConvWeights<VEC, TAPS> w(a, at);
+    float row[ROWS][VEC], grow[ROWS][VEC];
+    int closed = conv_before<T, VEC, TAPS>(a, at, w.first, row);
+    HYBRID_LM_UNROLL
+    for (int j = 0; j < ROWS; ++j) {
+      HYBRID_LM_UNROLL
+      for (int v = 0; v < VEC; ++v) grow[j][v] = 0.0f;
+    }
+    const int64_t stop = at.end + a.taps - 1 < a.tokens ? at.end + a.taps - 1 : a.tokens;
+    ConvGroup<T, VEC, GROUP> x_next, gy_next;
+    x_next.fetch(a.x, at, at.begin, stop);
+    gy_next.fetch(a.gy, at, at.begin, stop);
+    int64_t t = at.begin;
+    for (; t < stop; t += GROUP) {
+      float gy[GROUP][VEC];
+      HYBRID_LM_UNROLL
+      for (int i = 0; i < GROUP; ++i) x_next.at[i].wide(row[TAPS - 1 + i]), gy_next.at[i].wide(gy[i]);
+      x_next.fetch(a.x, at, t + GROUP, stop);
+      gy_next.fetch(a.gy, at, t + GROUP, stop);
+      HYBRID_LM_UNROLL
+      for (int i = 0; i < GROUP; ++i) {
+        if (t + i >= stop) break;
+        if (conv_reset(a, at, t + i)) closed = TAPS - 1 + i;
+        if (a.silu) {
+          float sum[VEC];
+          conv_sum(w, row, i, closed, sum);
+          HYBRID_LM_UNROLL
+          for (int v = 0; v < VEC; ++v) gy[i][v] *= silu_slope<Thread>(sum[v], sigmoid<Thread>(sum[v]));
+        }
+        const bool own = t + i < at.end;
+        HYBRID_LM_UNROLL
+        for (int k = 0; k < TAPS; ++k) {
+          if (k < w.first || i + k < closed) continue;
+          HYBRID_LM_UNROLL
+          for (int v = 0; v < VEC; ++v) {
+            grow[i + k][v] += w.tap[k][v] * gy[i][v];
+            if (own) gtap[k][v] += gy[i][v] * row[i + k][v];
+          }
+        }
+        if (own) {
+          HYBRID_LM_UNROLL
+          for (int v = 0; v < VEC; ++v) gtap[TAPS][v] += gy[i][v];
+        }
+      }
+      HYBRID_LM_UNROLL
+      for (int j = 0; j < GROUP; ++j) conv_finish<T>(a, at, t - (TAPS - 1) + j, j >= closed, grow[j]);
+      HYBRID_LM_UNROLL
+      for (int j = 0; j < ROWS; ++j) {
+        HYBRID_LM_UNROLL
+        for (int v = 0; v < VEC; ++v) {
+          if (j < TAPS - 1) row[j][v] = row[j + GROUP][v];
+          grow[j][v] = j < TAPS - 1 ? grow[j + GROUP][v] : 0.0f;
+        }
+      }
+      closed -= GROUP;
+    }
+    HYBRID_LM_UNROLL
+    for (int j = 0; j < TAPS - 1; ++j) conv_finish<T>(a, at, t - (TAPS - 1) + j, j >= closed, grow[j]);
+  }
+  auto* shared = reinterpret_cast<float*>(shared_memory());  // [warp][tap][lane][channel]
+  constexpr int TILE = CONV_LANES * VEC;
+  HYBRID_LM_UNROLL
+  for (int k = 0; k <= TAPS; ++k) {
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v) shared[(warp * (TAPS + 1) + k) * TILE + lane * VEC + v] = gtap[k][v];
+  }
+  __syncthreads();
+  const int first = TAPS - int(a.taps);
+  auto* parts = static_cast<float*>(a.parts.data) + part * (a.taps + 1) * a.width;
+  for (int at_tile = threadIdx.x; at_tile < (TAPS + 1) * TILE; at_tile += CONV_THREADS) {
+    const int k = at_tile / TILE;
+    const int64_t channel = tile * TILE + at_tile % TILE;
+    if (k < first || channel >= a.width) continue;
+    float sum = 0.0f;
+    for (int from = 0; from < CONV_WARPS; ++from) sum += shared[from * (TAPS + 1) * TILE + at_tile];
+    parts[(k - first) * a.width + channel] = sum;
+  }
+}
+
+// The sums over all parts: a block has LANES channels of one tap, and each of its warps every WARPS-th part.
+__global__ void __launch_bounds__(CONV_THREADS) conv_weights_kernel(const ConvGradArgs a, int64_t count, int64_t tiles) {
+  const int lane = threadIdx.x % CONV_LANES, warp = threadIdx.x / CONV_LANES;
+  const int64_t tap = int64_t(blockIdx.x) / tiles, channel = int64_t(blockIdx.x) % tiles * CONV_LANES + lane;
+  const auto* from = static_cast<const float*>(a.parts.data) + tap * a.width + channel;
+  const int64_t step = (a.taps + 1) * a.width;
+  float sum = 0.0f;
+  if (channel < a.width) {
+    for (int64_t part = warp; part < count; part += CONV_WARPS) sum += from[part * step];
+  }
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp || channel >= a.width) return;
+  for (int other = 1; other < CONV_WARPS; ++other) sum += shared[other * CONV_LANES + lane];
+  if (tap < a.taps)
+    write(a.gweight, channel * a.gweight.stride[0] + tap * a.gweight.stride[1], sum);
+  else if (a.gbias)
+    write(a.gbias, channel * a.gbias.stride[0], sum);
+}
+
+template <class T, int VEC, int TAPS>
+const char* start(const ConvGradArgs& a) {
+  constexpr int GROUP = VEC * TAPS > 16 ? 1 : 2;
+  const ConvBlocks<VEC> blocks(a);
+  const int64_t count = blocks.parts(a.batch), grid = count * blocks.tiles;
+  if (grid > 0x7fffffff) return "causal_conv1d: more than 2^31 blocks of channels and tokens";
+  const size_t bytes = sizeof(float) * CONV_WARPS * (TAPS + 1) * CONV_LANES * VEC;
+  const char* error = launch(conv_backward_kernel<T, VEC, TAPS, GROUP>, dim3{unsigned(grid), 1, 1}, CONV_THREADS, bytes,
+                             a.stream, a, blocks);
+  if (error) return error;
+  const int64_t tiles = (a.width + CONV_LANES - 1) / CONV_LANES;
+  return launch(conv_weights_kernel, dim3{unsigned(tiles * (a.taps + 1)), 1, 1}, CONV_THREADS,
+                sizeof(float) * CONV_THREADS, a.stream, static_cast<const ConvGradArgs&>(a), count, tiles);
+}
+
+template <class T>
+bool conv_in_vectors(const ConvGradArgs& a) {
+  return conv_aligned<T>(a, a.x, WIDE) && conv_aligned<T>(a, a.gy, WIDE) && conv_aligned<T>(a, a.gx, WIDE);
+}
+
+}  // namespace
+
+const char* conv_backward(const ConvGradArgs& a) {
+  return with_conv_type(a.x.type, [&](auto type) {
+    using T = decltype(type);
+    if (!conv_in_vectors<T>(a)) return a.taps > 4 ? start<T, 1, 8>(a) : start<T, 1, 4>(a);
+    return a.taps > 4 ? start<T, WIDE, 8>(a) : start<T, WIDE, 4>(a);
+  });
+}
+
+int64_t conv_parts(const ConvGradArgs& a) {
+  // The more of both ways to go through the channels: which it is, the tensors' places decide.
+  const int64_t one = ConvBlocks<1>(a).parts(a.batch), wide = ConvBlocks<WIDE>(a).parts(a.batch);
+  return (one > wide ? one : wide) * (a.taps + 1) * a.width;
+}
+
+}  // namespace hybrid_lm

@@ -1,0 +1,28 @@
+// What the bindings ask of the kernels: arguments as plain structs, and a function for each kernel, which starts it on
+// a stream and says what went wrong, or null. No torch and no CUDA here.
+#pragma once
+
+#include "hybrid_lm/view.h"
+
+namespace hybrid_lm {
+
+// Shapes and strides as in hybrid_lm/ops; a View without data is an absent tensor. x, dt, B, C, z, y and their
+// gradients are of one type and have neighbouring numbers along the last axis; the others are of any type and stride.
+struct ScanArgs {
+  void* stream;
+  int64_t batch, tokens, width, states;
+  View x, dt, A, B, C, D, z, dt_bias, initial;
+  View reset;  // (b t) bool, read as uint8_t
+  bool dt_softplus;
+  View y, state;  // state: (b d n), may be `initial` itself
+  View before;    // (k b n d) float: the state before every stretch of tokens, for the backward pass; or absent
+};
+
+const char* scan(const ScanArgs&);
+
+// Tokens between two states that `before` keeps.
+constexpr int64_t SCAN_CHUNK = 64;
+// States that the kernels have lanes for.
+constexpr int64_t SCAN_STATES = 512;
+
+}  // namespace hybrid_lm

@@ -1,0 +1,121 @@
+// The selective scan, forward.
+#include "cuda/scan.cuh"
+
+namespace hybrid_lm {
+namespace {
+
+template <class T, class Shape>
+__global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const ScanArgs a) {
+  using Bits = typename T::Bits;
+  constexpr int GROUP = Shape::GROUP, OWN = Shape::OWN, STATES = Shape::STATES;
+  auto& shared = *reinterpret_cast<ScanShared<Shape>*>(shared_memory());
+  const ScanPlace<Shape> at(a);
+
+  float A[STATES], h[STATES];
+  scan_rates(a, at, A);
+  HYBRID_LM_UNROLL
+  for (int k = 0; k < STATES; ++k) {
+    const int64_t n = Shape::state(k, at.lane);
+    const int64_t place = at.row * a.initial.stride[0] + at.channel * a.initial.stride[1] + n * a.initial.stride[2];
+    h[k] = a.initial && n < a.states ? read(a.initial, place) : 0.0f;
+  }
+  const float D = a.D ? read(a.D, at.channel * a.D.stride[0]) : 0.0f;
+  const float bias = a.dt_bias ? read(a.dt_bias, at.channel * a.dt_bias.stride[0]) : 0.0f;
+
+  // The first token of a group that this lane owns, and what it has of these tokens.
+  const int64_t own = at.lane / Shape::SAME * OWN;
+  const Bits* x_at = scan_at<T>(a.x, at.row, own, at.channel);
+  const Bits* dt_at = scan_at<T>(a.dt, at.row, own, at.channel);
+  const Bits* z_at = a.z ? scan_at<T>(a.z, at.row, own, at.channel) : nullptr;
+  Bits* y_at = scan_at<T>(a.y, at.row, own, at.channel);
+  ScanOwned<T, Shape> x_next, dt_next, z_next;
+  auto fetch = [&](int64_t left) {
+    x_next.fetch(x_at, a.x.stride[1], left);
+    dt_next.fetch(dt_at, a.dt.stride[1], left);
+    x_at += GROUP * a.x.stride[1], dt_at += GROUP * a.dt.stride[1];
+    if (!z_at) return;
+    z_next.fetch(z_at, a.z.stride[1], left);
+    z_at += GROUP * a.z.stride[1];
+  };
+  fetch(a.tokens - own);
+
+  ScanRows<T, Shape> rows;
+  rows.fetch(a, at.row, 0);
+  int half = 0;
+  for (int64_t start = 0; start < a.tokens; start += Shape::STEPS, half = !half) {
+    rows.put(shared, half);
+    __syncthreads();
+    rows.fetch(a, at.row, start + Shape::STEPS);
+    for (int g = 0; g < Shape::STEPS; g += GROUP) {
+      const int64_t token = start + g, left = a.tokens - token - own;
+      if (token >= a.tokens) break;
+      if (a.before && token % SCAN_CHUNK == 0 && at.there) {
+        auto* kept = static_cast<float*>(a.before.data) +
+                     (token / SCAN_CHUNK * a.batch + at.row) * a.states * a.width + at.channel;
+        HYBRID_LM_UNROLL
+        for (int k = 0; k < STATES; ++k) {
+          const int64_t n = Shape::state(k, at.lane);
+          if (n < a.states) kept[n * a.width] = h[k];
+        }
+      }
+      float x[OWN], dt[OWN], input[OWN], z[OWN];
+      HYBRID_LM_UNROLL
+      for (int i = 0; i < OWN; ++i) {
+        x[i] = T::wide(x_next.at[i]), dt[i] = T::wide(dt_next.at[i]);
+        z[i] = z_at ? T::wide(z_next.at[i]) : 0.0f;
+      }
+      fetch(left - GROUP);
+      scan_steps(dt, bias, a.dt_softplus, left);
+      HYBRID_LM_UNROLL
+      for (int i = 0; i < OWN; ++i) input[i] = dt[i] * x[i];
+
+      float y[GROUP];
+      HYBRID_LM_UNROLL
+      for (int i = 0; i < GROUP; ++i) {
+        const float step = scan_owners<Shape>(dt, i), in = scan_owners<Shape>(input, i);
+        if (shared.reset[half][g + i]) {
+          HYBRID_LM_UNROLL
+          for (int k = 0; k < STATES; ++k) h[k] = 0.0f;
+        }
+        float B[STATES], C[STATES];
+        scan_states<Shape>(shared.B[half][g + i], at.lane, B);
+        scan_states<Shape>(shared.C[half][g + i], at.lane, C);
+        y[i] = scan_token<STATES, Thread>(h, A, step, in, B, C);
+      }
+      sum_over_lanes<GROUP, Shape::LANES>(y, at.lane);
+      if (at.there && at.lane % Shape::SAME == 0) {
+        HYBRID_LM_UNROLL
+        for (int i = 0; i < OWN; ++i) {
+          float out = y[i] + D * x[i];
+          if (z_at) out *= silu<Thread>(z[i]);
+          if (i < left) y_at[i * a.y.stride[1]] = T::narrow(out);
+        }
+      }
+      y_at += GROUP * a.y.stride[1];
+    }
+  }
+  if (!at.there) return;
+  HYBRID_LM_UNROLL
+  for (int k = 0; k < STATES; ++k) {
+    const int64_t n = Shape::state(k, at.lane);
+    if (n < a.states)
+      write(a.state, at.row * a.state.stride[0] + at.channel * a.state.stride[1] + n * a.state.stride[2], h[k]);
+  }
+}
+
+}  // namespace
+
+const char* scan(const ScanArgs& a) {
+  if (!a.batch || !a.width) return nullptr;
+  return with_type(a.x.type, [&](auto type) {
+    return with_scan_shape(a, [&](auto shape) {
+      using Shape = decltype(shape);
+      const int64_t blocks = a.batch * ((a.width + Shape::CHANNELS - 1) / Shape::CHANNELS);
+      if (blocks > 0x7fffffff) return "selective_scan: more than 2^31 blocks of channels";
+      return launch(scan_kernel<decltype(type), Shape>, dim3{unsigned(blocks), 1, 1}, SCAN_THREADS,
+                    sizeof(ScanShared<Shape>), a.stream, a);
+    });
+  });
+}
+
+}  // namespace hybrid_lm

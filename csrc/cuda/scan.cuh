@@ -1,0 +1,183 @@
+// What the forward and the backward pass of the selective scan share: who does what, and the rows of B and C that a
+// block reads together.
+//
+// A channel belongs to LANES neighbouring lanes of a warp, which have STATES states each, in registers; a block has
+// THREADS / LANES channels of one row of the batch. It walks the tokens in stages: B and C of a stage lie in shared
+// memory as floats, for all channels, and those of the next stage are on their way. What there is once for a token
+// and channel (dt, x, z, y) is loaded, computed and written by one lane of the channel's, for OWN tokens of each group
+// of GROUP: one lane has all of them, eight lanes have one each.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+#include "hybrid_lm/scan.h"
+
+namespace hybrid_lm {
+
+constexpr int SCAN_THREADS = 128;
+constexpr int SCAN_STAGED = 512;  // numbers of B, and of C, in a stage
+
+template <int LANES_, int STATES_>
+struct ScanShape {
+  static constexpr int LANES = LANES_, STATES = STATES_;
+  static constexpr int WIDTH = LANES * STATES;          // states that a channel has room for
+  static constexpr int CHANNELS = SCAN_THREADS / LANES;  // of a block
+  static constexpr int STEPS = SCAN_STAGED / WIDTH;      // tokens of a stage
+  static constexpr int GROUP = STEPS < 8 ? STEPS : 8;
+  static constexpr int OWN = GROUP > LANES ? GROUP / LANES : 1;
+  static constexpr int SAME = LANES > GROUP ? LANES / GROUP : 1;  // lanes that own the same token
+  static constexpr int VEC = STATES < 4 ? STATES : 4;
+
+  // The states of a lane lie in pieces of VEC, so that what neighbouring lanes read lies side by side.
+  static HYBRID_LM_DEVICE int state(int k, unsigned lane) { return (k / VEC * LANES + int(lane)) * VEC + k % VEC; }
+};
+
+// Where a thread is.
+template <class Shape>
+struct ScanPlace {
+  unsigned lane;    // of the channel's
+  int64_t row, channel;
+  bool there;       // not beyond the last channel, where a thread does what the last one does and writes nothing
+  int64_t first;    // of the block's channels
+
+  HYBRID_LM_DEVICE ScanPlace(const ScanArgs& a) {
+    const int64_t blocks = (a.width + Shape::CHANNELS - 1) / Shape::CHANNELS;
+    const unsigned thread = threadIdx.x;
+    lane = thread % Shape::LANES;
+    row = int64_t(blockIdx.x) / blocks;
+    first = int64_t(blockIdx.x) % blocks * Shape::CHANNELS;
+    channel = first + thread / Shape::LANES;
+    there = channel < a.width;
+    if (!there) channel = a.width - 1;
+  }
+};
+
+template <class Shape>
+struct ScanShared {
+  float B[2][Shape::STEPS][Shape::WIDTH];
+  float C[2][Shape::STEPS][Shape::WIDTH];
+  int reset[2][Shape::STEPS];
+};
+
+// The rows of B and C, and the resets, on their way from memory to a stage; 0 beyond the last token and state.
+template <class T, class Shape>
+struct ScanRows {
+  static constexpr int COUNT = SCAN_STAGED / SCAN_THREADS;
+  typename T::Bits B[COUNT], C[COUNT];
+  int reset;
+
+  HYBRID_LM_DEVICE void fetch(const ScanArgs& a, int64_t row, int64_t start) {
+    using Bits = typename T::Bits;
+    const auto* from_B = static_cast<const Bits*>(a.B.data) + row * a.B.stride[0];
+    const auto* from_C = static_cast<const Bits*>(a.C.data) + row * a.C.stride[0];
+    HYBRID_LM_UNROLL
+    for (int i = 0; i < COUNT; ++i) {
+      const int at = i * SCAN_THREADS + int(threadIdx.x), n = at % Shape::WIDTH;
+      const int64_t t = start + at / Shape::WIDTH;
+      const bool there = t < a.tokens && n < a.states;
+      B[i] = there ? from_B[t * a.B.stride[1] + n] : Bits(0);
+      C[i] = there ? from_C[t * a.C.stride[1] + n] : Bits(0);
+    }
+    const int64_t t = start + threadIdx.x;
+    reset = 0;
+    if (a.reset && threadIdx.x < Shape::STEPS && t < a.tokens)
+      reset = static_cast<const uint8_t*>(a.reset.data)[row * a.reset.stride[0] + t * a.reset.stride[1]];
+  }
+
+  HYBRID_LM_DEVICE void put(ScanShared<Shape>& to, int half) const {
+    HYBRID_LM_UNROLL
+    for (int i = 0; i < COUNT; ++i) {
+      const int at = i * SCAN_THREADS + int(threadIdx.x);
+      (&to.B[half][0][0])[at] = T::wide(B[i]);
+      (&to.C[half][0][0])[at] = T::wide(C[i]);
+    }
+    if (threadIdx.x < Shape::STEPS) to.reset[half][threadIdx.x] = reset;
+  }
+};
+
+// A token's numbers of a channel's states, from shared memory.
+template <class Shape>
+HYBRID_LM_DEVICE void scan_states(const float* row, unsigned lane, float (&to)[Shape::STATES]) {
+  HYBRID_LM_UNROLL
+  for (int k = 0; k < Shape::STATES; k += Shape::VEC) {
+    const auto piece = *reinterpret_cast<const Floats<Shape::VEC>*>(row + Shape::state(k, lane));
+    HYBRID_LM_UNROLL
+    for (int i = 0; i < Shape::VEC; ++i) to[k + i] = piece.at[i];
+  }
+}
+
+// The rates of a lane's states, times log2(e); 0 beyond the last state.
+template <class Shape>
+HYBRID_LM_DEVICE void scan_rates(const ScanArgs& a, const ScanPlace<Shape>& at, float (&A)[Shape::STATES]) {
+  HYBRID_LM_UNROLL
+  for (int k = 0; k < Shape::STATES; ++k) {
+    const int64_t n = Shape::state(k, at.lane);
+    A[k] = n < a.states ? read(a.A, at.channel * a.A.stride[0] + n * a.A.stride[1]) * float(LOG2E) : 0.0f;
+  }
+}
+
+// The numbers of one of the tensors (b t d), for the tokens that this lane owns, on their way.
+template <class T, class Shape>
+struct ScanOwned {
+  typename T::Bits at[Shape::OWN];
+
+  // `here` points at the first of the tokens; `left` of them are there.
+  HYBRID_LM_DEVICE void fetch(const typename T::Bits* here, int64_t stride, int64_t left) {
+    HYBRID_LM_UNROLL
+    for (int i = 0; i < Shape::OWN; ++i) at[i] = i < left ? here[i * stride] : typename T::Bits(0);
+  }
+};
+
+template <class T>
+HYBRID_LM_DEVICE typename T::Bits* scan_at(const View& v, int64_t row, int64_t token, int64_t channel) {
+  return static_cast<typename T::Bits*>(v.data) + row * v.stride[0] + token * v.stride[1] + channel;
+}
+
+// The step of a token, after the bias and softplus; beyond the last token 0, which leaves the states as they are.
+template <int COUNT>
+HYBRID_LM_DEVICE void scan_steps(float (&dt)[COUNT], float bias, bool with_softplus, int64_t left) {
+  HYBRID_LM_UNROLL
+  for (int i = 0; i < COUNT; ++i) dt[i] += bias;
+  if (with_softplus) {
+    HYBRID_LM_UNROLL
+    for (int i = 0; i < COUNT; ++i) dt[i] = softplus<Thread>(dt[i]);
+  }
+  HYBRID_LM_UNROLL
+  for (int i = 0; i < COUNT; ++i) dt[i] = i < left ? dt[i] : 0.0f;
+}
+
+// The number that the owner of token i of a group has of it.
+template <class Shape>
+HYBRID_LM_DEVICE float scan_owners(const float (&owned)[Shape::OWN], int i) {
+  if constexpr (Shape::LANES == 1) return owned[i];
+  return __shfl_sync(ALL_LANES, owned[i % Shape::OWN], i / Shape::OWN * Shape::SAME, Shape::LANES);
+}
+
+// Channels that fill a large device: 132 processors with about 250 threads each. Tests have fewer, and want all shapes.
+#if defined(HYBRID_LM_EMULATE)
+constexpr int64_t SCAN_ENOUGH = 48;
+#else
+constexpr int64_t SCAN_ENOUGH = 32768;
+#endif
+
+// Picks the way a channel's states are spread over lanes, by the shape alone, so that the same call gives the same bits
+// on every device: as few lanes as hold the states, and more where there are not channels enough to fill a device.
+template <class F>
+inline const char* with_scan_shape(const ScanArgs& a, const F& f) {
+  const int64_t channels = a.batch * a.width;
+  if (a.states > 128) return f(ScanShape<32, 16>());
+  if (a.states > 64) return f(ScanShape<8, 16>());
+  if (a.states > 16) return f(ScanShape<4, 16>());
+  if (channels * 4 < SCAN_ENOUGH) return f(ScanShape<8, 2>());
+  if (channels * 2 < SCAN_ENOUGH) return f(ScanShape<4, 4>());
+  if (channels < SCAN_ENOUGH) return f(ScanShape<2, 8>());
+  return f(ScanShape<1, 16>());
+}
+
+template <class F>
+inline const char* with_type(Type type, const F& f) {
+  if (type == Type::f32) return f(Float());
+  return type == Type::bf16 ? f(BFloat()) : f(Half());
+}
+
+}  // namespace hybrid_lm
