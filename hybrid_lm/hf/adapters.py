@@ -128,7 +128,8 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "hybrid_lm":
         raise ValueError(
-            f"a HybridLMForCausalLM is needed, with or without PEFT, not a {type(model).__name__}"
+            f"a HybridLMForCausalLM is needed, with or without PEFT, not a {type(model).__name__}; "
+            "to_hf(model, format='remote') makes one"
         )
     # By name, for a model loaded by remote code has classes of its own.
     types = {recipe["type"] for recipe in config.architecture["layers"].values()}

@@ -19,6 +19,7 @@ from hybrid_lm.config.pattern import expand
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf.cache import HybridLMCache
 from hybrid_lm.hf.inputs import documents, mask_of
+from hybrid_lm.hf.plain_json import from_json_safe, json_safe
 from hybrid_lm.layers.base import Auxiliary, Module
 from hybrid_lm.layers.block import Residual
 from hybrid_lm.layers.parts import Embedding, Linear
@@ -26,28 +27,6 @@ from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.ops import select
-
-INFINITIES = {".inf": float("inf"), "-.inf": float("-inf")}
-
-
-def json_safe(value: Any) -> Any:
-    """`value` with infinities spelled as YAML does (`.inf`), since JSON cannot, and tuples as lists."""
-    if isinstance(value, dict):
-        return {key: json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    return next(
-        (word for word, number in INFINITIES.items() if isinstance(value, float) and value == number), value
-    )
-
-
-def from_json_safe(value: Any) -> Any:
-    """The inverse of `json_safe`."""
-    if isinstance(value, dict):
-        return {key: from_json_safe(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [from_json_safe(item) for item in value]
-    return INFINITIES.get(value, value) if isinstance(value, str) else value
 
 
 class HybridLMConfig(PreTrainedConfig):
@@ -187,6 +166,12 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"past_key_values is a {kind}; give what an earlier call returned, or nothing")
         rows = inputs_embeds if input_ids is None else input_ids
         assert rows is not None
+        head = self.model.embed.weight if self.model.lm_head is None else None
+        if head is not None and head.is_meta and not rows.is_meta:
+            raise ValueError(
+                "the embedding is the output matrix too and is needed at all times: give model.embed a "
+                "device in device_map, not disk"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -214,7 +199,8 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             auxiliary=added,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.logits(x[:, keep])
+        x = x[:, keep] if head is None else x[:, keep].to(head.device)
+        logits = self.model.logits(x)
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hybrid_lm.data.tokenizer import ByteTokenizer
 from hybrid_lm.hf.adapters import lora_report, lora_targets
+from hybrid_lm.hf.bundle import bundle
 from hybrid_lm.hf.convert import to_hf
 from hybrid_lm.hf.wrapper import HybridLMForCausalLM
 
@@ -384,3 +386,118 @@ def test_mlp_only_models_generate_too():
     model = to_hf(build({"pattern": "f f", "layers": {"f": MLP}}), format="remote")
     x = tokens(2, 5)
     assert torch.equal(continued(model, x), continued(model, x, use_cache=False))
+
+
+def test_an_embedding_that_is_the_output_too_cannot_stay_on_disk(tmp_path):
+    model, x = made("recurrent"), tokens(1, 5)
+    model.save_pretrained(tmp_path / "model")
+    place = {"model.embed": "disk", "model.layers": "cpu", "model.final_norm": "cpu", "model.shared": "cpu"}
+    loaded = HybridLMForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=place, offload_folder=str(tmp_path / "off")
+    )
+    with pytest.raises(ValueError, match=r"give model\.embed a device"):
+        loaded(x)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("shape", ["hybrid", "zamba", "recurrent"])
+def test_what_generate_returns_beside_tokens(shape, beams):
+    model, x = made(shape), tokens(2, 6)
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        x,
+        max_new_tokens=4,
+        num_beams=beams,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        output_hidden_states=True,
+        attention_mask=torch.ones_like(x),
+    )
+    n_layers = model.config.num_hidden_layers
+    assert len(out.scores) == len(out.logits) == len(out.hidden_states) == 4
+    assert all(score.shape == (2 * beams, 61) for score in out.scores)
+    for step, hidden in enumerate(out.hidden_states):
+        assert len(hidden) == n_layers + 1
+        assert {h.shape for h in hidden} == {(2 * beams, 6 if step == 0 else 1, 32)}
+    assert out.past_key_values.get_seq_length() == 9
+    with torch.no_grad():
+        # What was said with a memory is what one pass over the whole says.
+        whole = model(out.sequences[:, :-1]).logits[:, 5:]
+    if beams == 1:
+        said = torch.stack(out.logits, 1)
+        assert (said - whole).abs().max() <= bound(whole)
+
+
+@pytest.mark.parametrize("shape", ["hybrid", "parallel_untied_learned"])
+def test_generation_from_nothing_and_on_from_embeddings(shape):
+    model = made(shape)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    start = model.generate(max_new_tokens=5, do_sample=False, bos_token_id=3)
+    assert start.shape == (1, 6)
+    x = torch.tensor([[3]])
+    assert torch.equal(start[:, 1:6], continued(model, x)[:, :5])
+    # The first part as embeddings, the rest as tokens on the memory that came back.
+    x = tokens(2, 7)
+    rows = model.get_input_embeddings()(x).detach()
+    how = {"do_sample": False, "attention_mask": torch.ones(2, 7), "return_dict_in_generate": True}
+    first = model.generate(inputs_embeds=rows, max_new_tokens=3, **how)
+    whole = torch.cat([x, first.sequences], 1)
+    more = model.generate(
+        whole,
+        past_key_values=first.past_key_values,
+        attention_mask=torch.ones_like(whole),
+        max_new_tokens=5,
+        do_sample=False,
+    )
+    assert torch.equal(more[:, 7:], continued(model, x))
+
+
+def test_an_end_token_ends_a_row_and_others_go_on():
+    model, x = made("hybrid"), tokens(3, 6)
+    free = continued(model, x)
+    # The third token of the first row ends texts from now on.
+    end = int(free[0, 2])
+    mask = torch.ones_like(x)
+    out = model.generate(
+        x, attention_mask=mask, eos_token_id=end, pad_token_id=0, max_new_tokens=8, do_sample=False
+    )[:, 6:]
+    for row in range(3):
+        at = (free[row] == end).nonzero()
+        n = int(at[0]) + 1 if len(at) else 8
+        n = min(n, out.shape[1])
+        assert torch.equal(out[row, :n], free[row, :n])
+        assert not out[row, n:].any()
+
+
+@pytest.mark.parametrize("shape", ["zamba", "moe"])
+def test_remote_code_has_the_same_tools(shape, tmp_path, monkeypatch):
+    """The copy of our sources in an export: classes of its own, which PEFT and the report know too."""
+    peft = pytest.importorskip("peft")
+    model, x = made(shape), tokens(2, 12)
+    model.save_pretrained(tmp_path / "weights")
+    package = tmp_path / f"exported_{shape}"
+    package.mkdir()
+    for name, text in bundle({recipe.type for recipe in model.model.config.layers.values()}).items():
+        (package / name).write_text(text, encoding="utf-8")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    theirs = importlib.import_module(f"{package.name}.modeling_hybrid_lm").HybridLMForCausalLM
+    loaded = theirs.from_pretrained(tmp_path / "weights")
+    assert type(loaded) is not type(model)
+    assert torch.equal(loaded(x, use_cache=False).logits, model(x, use_cache=False).logits)
+    assert torch.equal(continued(loaded, x, cache_implementation="static"), continued(model, x))
+    config = {"r": 2, "target_modules": "all-linear"}
+    ours = lora_report(peft.get_peft_model(model, peft.LoraConfig(**config)))
+    tuned = peft.get_peft_model(loaded, peft.LoraConfig(**config)).train()
+    assert lora_report(tuned) == ours
+    losses = []
+    for again in (False, True):
+        if again:
+            loaded.gradient_checkpointing_enable()
+        losses.append(tuned(input_ids=x, labels=x).loss)
+        losses[-1].backward()
+    assert torch.equal(*losses)
