@@ -223,15 +223,16 @@ def export(a: Arguments) -> None:
     from hybrid_lm.hf.native import nearest_first
     from hybrid_lm.hf.origin import origin
     from hybrid_lm.hf.verify import show_check
-    from hybrid_lm.train.checkpoint import load_run
+    from hybrid_lm.train.checkpoint import load_run, locate, step_name
 
-    run = load_run(a.run, step=a.step)
-    came = origin(run)
+    path, stored = locate(a.run, a.step)
+    came = origin(path)
     # What was imported and not trained goes out in the type in which it came.
-    name = a.dtype or (came.dtype if came and run.step == 0 else None)
-    dtype = None if name is None else getattr(torch, name)
+    name = a.dtype or (came.dtype if came and stored.name == step_name(0) else None)
+    # Read in that type: there is no second copy of the model.
+    run = load_run(stored, dtype=None if name is None else getattr(torch, name))
     length = None if came else getattr(run.config.data, "seq_len", None)
-    folder = export(run, a.out, format=a.format, dtype=dtype, overwrite=a.overwrite, max_length=length)
+    folder = export(run, a.out, format=a.format, overwrite=a.overwrite, max_length=length)
     record = read_record(folder)
     for reason in nearest_first(record["reasons"]):
         say(reason)

@@ -19,6 +19,7 @@ from hybrid_lm.hf.weights import Placed
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
+from hybrid_lm.model.tensors import TensorFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,15 +31,15 @@ class Folder(Mapping[str, Tensor]):
     def __init__(self, folder: Path):
         self.folder = folder
         self.files = shard_of_each(folder)
-        self._open: tuple[str, Any] | None = None
+        self._open: TensorFile | None = None
 
     def __getitem__(self, key: str) -> Tensor:
         name = self.files[key]
         try:
-            if self._open is None or self._open[0] != name:
-                self._open = (name, safe_open(self.folder / name, framework="pt"))
-            return self._open[1].get_tensor(key)
-        except (OSError, SafetensorError) as error:
+            if self._open is None or self._open.path.name != name:
+                self._open = TensorFile(self.folder / name)
+            return self._open[key]
+        except (OSError, SafetensorError, KeyError) as error:
             raise ConversionError(f"{self.folder / name}: cannot be read: {error}") from error
 
     def __iter__(self) -> Iterator[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hybrid_lm.config.schema import ModelConfig
@@ -16,8 +16,10 @@ from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.family import Family
 from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.importing import INDEX, SINGLE
+from hybrid_lm.hf.weights import Placed
 from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
+from hybrid_lm.model.tensors import write
 from hybrid_lm.registry import unknown
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -77,9 +79,7 @@ def nearest_first(reasons: Mapping[str, str]) -> list[str]:
 def tensors_of(family: Family, model: HybridLM) -> Iterator[tuple[str, Tensor]]:
     """Their keys and tensors, one after another; tensors that are only renamed are the model's own."""
     own = {entry.name: entry.parameter.detach() for entry in entries(model)}
-    for entry in family.unrolled(model.config, list(own)):
-        written = entry.how.write([own[name] for name in entry.ours], entry.options)
-        yield from zip(entry.theirs, written, strict=True)
+    yield from written(family.unrolled(model.config, list(own)), own)
 
 
 def native_config(family: Family, fields: dict[str, Any], model: HybridLM, **more: Any) -> Any:
@@ -109,36 +109,40 @@ def native_model(family: Family, config: Any, model: HybridLM) -> Any:
 def save(family: Family, model: HybridLM, folder: Path, max_shard_size: str = "5GB") -> None:
     """Writes the weights as safetensors, in files of at most `max_shard_size` unless one tensor is larger.
 
-    In memory at a time: one file's reshuffled tensors.
+    In memory at a time: what one row of the family's table reshuffles.
     """
-    shards = cut(family, model, bytes_of(max_shard_size))
-    source, total, places = tensors_of(family, model), 0, {}
-    for i, count in enumerate(shards):
-        part = {key: x.contiguous() for key, x in (next(source) for _ in range(count))}
+    own = {entry.name: entry.parameter.detach() for entry in entries(model)}
+    # Wide types first, as a file wants them.
+    rows = sorted(family.unrolled(model.config, list(own)), key=lambda row: -own[row.ours[0]].element_size())
+    shapes = dict(written(rows, {name: x.to("meta") for name, x in own.items()}))
+    shards, source, places = cut(shapes, bytes_of(max_shard_size)), written(rows, own), {}
+    for i, part in enumerate(shards):
         name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(part, folder / name, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read.
-        (folder / name).chmod(0o644)
+        write(folder / name, part, itertools.islice(source, len(part)))
         places |= dict.fromkeys(part, name)
-        total += sum(x.numel() * x.element_size() for x in part.values())
     if len(shards) > 1:
+        total = sum(x.nbytes for x in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def cut(family: Family, model: HybridLM, limit: int) -> list[int]:
-    """How many tensors each file holds."""
-    sizes = {entry.name: entry.parameter.numel() * entry.parameter.element_size() for entry in entries(model)}
-    counts, filled = [0], 0
-    for entry in family.unrolled(model.config, list(sizes)):
-        # What comes from one row is of equal size but for the halves of a fused tensor, which it bounds.
-        size = sum(sizes[name] for name in entry.ours) // len(entry.theirs)
-        for _ in entry.theirs:
-            if counts[-1] and filled + size > limit:
-                counts, filled = [*counts, 0], 0
-            counts[-1] += 1
-            filled += size
-    return counts
+def written(rows: Iterable[Placed], own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Their keys and tensors of our parameters, one row after another."""
+    for row in rows:
+        yield from zip(row.theirs, row.how.write([own[name] for name in row.ours], row.options), strict=True)
+
+
+def cut(shapes: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """The tensors of each file."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for key, x in shapes.items():
+        if shards[-1] and filled + x.nbytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][key] = x
+        filled += x.nbytes
+    return shards
 
 
 def bytes_of(text: str) -> int:

@@ -31,8 +31,8 @@ class Origin(NamedTuple):
 
 
 def origin(run: Any) -> Origin | None:
-    """What an imported run keeps of its origin; None for any other run."""
-    path = getattr(run, "path", None)
+    """What an imported run (or the run in a folder) keeps of its origin; None for any other run."""
+    path = run if isinstance(run, Path) else getattr(run, "path", None)
     folder = None if path is None else Path(path) / FOLDER
     if folder is None or not (folder / CONFIG).is_file():
         return None

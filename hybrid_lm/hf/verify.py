@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hybrid_lm.files import DiskError, disk
+from hybrid_lm.hf.widened import widened
 from hybrid_lm.model.lm import HybridLM
 
 SLACK = 2**10
@@ -107,15 +108,16 @@ def compare(
     """What `ask(tokens, dtype, prompt, new)` says, logits and continued prompts, against `model`."""
     double = model.embed.weight.dtype == torch.float64 and native is None
     dtype = torch.float64 if double else torch.float32
-    # Backends, options and weights of `model` itself; only the arithmetic is widened.
-    wide = model if model.embed.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
     limit = longest(model)
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size or 1, (ROWS, min(TOKENS, limit)), generator=rng)
     prompt = max(1, min(PROMPT, tokens.shape[1] - NEW))
     new = min(NEW, limit - prompt)
     theirs = ask(tokens, dtype, prompt, new)
-    ours = wide(tokens).logits
+    # Backends, options and weights of `model` itself; only the arithmetic is widened.
+    with widened(model, dtype) as wide:
+        ours = wide(tokens).logits
+        after = continued(wide, theirs["new"][:, :-1], prompt)
     largest = float(ours.abs().max())
     bound = SLACK * torch.finfo(dtype).eps * largest if native is None else native * max(1.0, largest)
     difference = float((theirs["logits"].to(dtype) - ours).abs().max())
@@ -124,7 +126,6 @@ def compare(
             f"it is not the same model: logits differ by {difference:.3g}, rounding explains {bound:.3g}"
         )
     # Greedy, judged by our own logits: at each step the chosen token is the likeliest one but for rounding.
-    after = continued(wide, theirs["new"][:, :-1], prompt)
     chosen = after.gather(-1, theirs["new"][:, prompt:, None])[..., 0]
     regret = float((after.amax(-1) - chosen).max()) if new else 0.0
     if theirs["new"].shape[1] != prompt + new or not regret <= 2 * bound:

@@ -31,6 +31,7 @@ from hybrid_lm.files import DiskError, check_space, discard, disk, new_folder, s
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
+from hybrid_lm.model.tensors import TensorFile
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -46,7 +47,7 @@ class Checkpoint(NamedTuple):
     """What one step folder holds."""
 
     step: int
-    model: dict[str, Tensor]
+    model: Mapping[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     path: Path
@@ -156,13 +157,16 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def read(folder: Path, *, optimizer: bool = True) -> Checkpoint:
-    """The content of a verified step folder, on the CPU."""
+    """The content of a verified step folder, on the CPU; without the optimizer's moments, the weights are
+    views of the file, read when they are used."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise CheckpointError(f"{folder}: format {state['format']}, this version reads format {FORMAT}")
         moments = _tensors(folder / "optimizer.safetensors") if optimizer else {}
-        return Checkpoint(state["step"], _tensors(folder / "model.safetensors"), moments, state, folder)
+        path = folder / "model.safetensors"
+        weights = _tensors(path) if optimizer else TensorFile(path)
+        return Checkpoint(state["step"], weights, moments, state, folder)
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{folder}: damaged: {error}") from error
 
@@ -278,7 +282,9 @@ def load_run(
     config = load_config(path / "config.yaml")
     checkpoint = read(folder, optimizer=False)
     check_architecture(config, checkpoint)
-    model = build_model(config, device=device, dtype=dtype or torch.float32, backend=backend)
+    # Without starting values: memory is the weights', once.
+    model = build_model(config, device=device, backend=backend, weights=False)
+    model = model.to(dtype or torch.float32).to_empty(device=device)
     load_weights(model, checkpoint.model, folder)
     tokenizer = load_tokenizer(path / "tokenizer") if (path / "tokenizer").is_dir() else None
     return Run(config, model, tokenizer, checkpoint.step, path)
