@@ -200,18 +200,37 @@ def test_trainer_trains_and_goes_on_from_its_checkpoint(shape, tmp_path):
         return Trainer(model=model, args=args, train_dataset=data, data_collator=collator)
 
     again = copy.deepcopy(model)
-    first = trainer(model, 10, gradient_accumulation_steps=2)
+    how = {"gradient_accumulation_steps": 2, "gradient_checkpointing": shape == "moe"}
+    first = trainer(model, 10, **how)
     first.train()
     losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
     # A byte at random costs log 258 = 5.6 nats; ten steps on one sentence take off half a nat and more.
     assert losses[-1] < losses[0] - 0.5
-    second = trainer(again, 10, gradient_accumulation_steps=2)
+    second = trainer(again, 10, **how)
     second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
     loaded = HybridLMForCausalLM.from_pretrained(tmp_path / "out/checkpoint-10")
     x = tokens(1, 9)
     assert torch.equal(loaded(x).logits, model.eval()(x).logits)
+
+
+@pytest.mark.parametrize("shape", list(WHOLE))
+def test_documents_packed_or_padded_by_a_collator_are_separate(shape):
+    """Padding-free batches, in which native recurrent classes leak from one document into the next."""
+    from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening
+
+    model = made(shape, vocab_size=258).train()
+    documents = [torch.randint(1, 256, (n,)) for n in (5, 9, 3, 7)]
+    alone = [model(x[None], labels=x[None]).loss * (len(x) - 1) for x in documents]
+    expected = sum(alone) / sum(len(x) - 1 for x in documents)
+    rows = [{"input_ids": x.tolist()} for x in documents]
+    packed = model(**DataCollatorWithFlattening()(rows)).loss
+    collator = DataCollatorForLanguageModeling(ByteTokenizer().to_hf(4096), mlm=False)
+    padded = model(**collator(rows)).loss
+    for loss in (packed, padded):
+        # Logits within `bound`, and a mean of 20 terms.
+        assert (loss - expected).abs() <= bound(expected.detach())
 
 
 def test_balance_losses_are_in_the_loss_of_training_by_their_share():
@@ -336,6 +355,21 @@ def test_device_map(place, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = HybridLMForCausalLM.from_pretrained(tmp_path, device_map=place)
     assert torch.equal(loaded(x).logits, model(x).logits)
+
+
+def test_device_map_auto_cuts_between_residual_layers(tmp_path):
+    model, x = made("hybrid"), tokens(2, 9)
+    model.save_pretrained(tmp_path / "model")
+    loaded = HybridLMForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": 120_000},
+        offload_folder=str(tmp_path / "off"),
+    )
+    places = {name: loaded.hf_device_map[f"model.layers.{name}"] for name in range(8)}
+    assert set(places.values()) == {"cpu", "disk"}
+    with torch.no_grad():
+        assert torch.equal(loaded(x).logits, model(x).logits)
 
 
 @SHAPES
