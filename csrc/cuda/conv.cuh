@@ -16,17 +16,18 @@ namespace hybrid_lm {
 constexpr int CONV_THREADS = 128;
 constexpr int CONV_LANES = 32, CONV_WARPS = CONV_THREADS / CONV_LANES;
 
-// How tokens are cut into stretches: by the shape alone, so that the same call gives the same bits on every device.
+// How tokens are cut into stretches: by the shape alone, so that the same call gives the same bits everywhere.
 struct ConvGrid {
   int64_t vectors;    // threads that a token's channels take
   int64_t length;     // tokens of a stretch
   int64_t stretches;  // of a sequence
 
-  ConvGrid(int64_t batch, int64_t tokens, int64_t width, int vec) {
-    vectors = (width + vec - 1) / vec;
-    // Each stretch reads the rows before it once more. Threads enough for a large device are worth more than that.
+  ConvGrid(int64_t batch, int64_t tokens, int64_t width, int vec) : vectors((width + vec - 1) / vec) {
+    // Each stretch reads the rows before it once more; threads enough for a large device are worth that. Not by `vec`,
+    // which hangs on where the tensors lie: sums must not.
+    const int64_t walks = batch * ((width + 3) / 4);
     length = 64;
-    while (length > 16 && batch * vectors * ((tokens + length - 1) / length) < 131072) length /= 2;
+    while (length > 16 && walks * ((tokens + length - 1) / length) < 131072) length /= 2;
     stretches = (tokens + length - 1) / length;
   }
 };
@@ -94,6 +95,26 @@ HYBRID_LM_DEVICE bool conv_reset(const ConvArgs& a, const ConvPlace& at, int64_t
   return a.reset && static_cast<const uint8_t*>(a.reset.data)[at.row * a.reset.stride[0] + token * a.reset.stride[1]];
 }
 
+// Numbers of a small tensor of any type: to[v] = v[base + v * step] for the first `count`, else 0.
+template <int VEC, class Number>
+HYBRID_LM_DEVICE void conv_numbers(const Number* from, int64_t step, int count, float (&to)[VEC]) {
+  HYBRID_LM_UNROLL
+  for (int v = 0; v < VEC; ++v) to[v] = v < count ? float(from[v * step]) : 0.0f;
+}
+
+template <int VEC>
+HYBRID_LM_DEVICE void conv_numbers(const View& from, int64_t base, int64_t step, int count, float (&to)[VEC]) {
+  // What type it is, is asked once: a question for each number would be a branch for each.
+  if (from.type == Type::f32) return conv_numbers(static_cast<const float*>(from.data) + base, step, count, to);
+  if (from.type == Type::f64) return conv_numbers(static_cast<const double*>(from.data) + base, step, count, to);
+  const auto* bits = static_cast<const uint16_t*>(from.data) + base;
+  HYBRID_LM_UNROLL
+  for (int v = 0; v < VEC; ++v) {
+    const uint16_t one = v < count ? bits[v * step] : uint16_t(0);
+    to[v] = from.type == Type::bf16 ? BFloat::wide(one) : Half::wide(one);
+  }
+}
+
 // A thread's weights; what is not there is 0.
 template <int VEC, int TAPS>
 struct ConvWeights {
@@ -101,17 +122,11 @@ struct ConvWeights {
   int first;  // the filter's first tap
 
   HYBRID_LM_DEVICE ConvWeights(const ConvArgs& a, const ConvPlace& at) : first(TAPS - int(a.taps)) {
+    conv_numbers(a.bias, at.channel * a.bias.stride[0], a.bias.stride[0], a.bias ? at.count : 0, bias);
     HYBRID_LM_UNROLL
-    for (int v = 0; v < VEC; ++v) {
-      const int64_t channel = at.channel + v;
-      const bool there = v < at.count;
-      bias[v] = there && a.bias ? read(a.bias, channel * a.bias.stride[0]) : 0.0f;
-      HYBRID_LM_UNROLL
-      for (int k = 0; k < TAPS; ++k)
-        tap[k][v] = there && k >= first
-                        ? read(a.weight, channel * a.weight.stride[0] + (k - first) * a.weight.stride[1])
-                        : 0.0f;
-    }
+    for (int k = 0; k < TAPS; ++k)
+      conv_numbers(a.weight, at.channel * a.weight.stride[0] + (k - first) * a.weight.stride[1], a.weight.stride[0],
+                   k < first ? 0 : at.count, tap[k]);
   }
 };
 

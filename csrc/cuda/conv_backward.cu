@@ -9,9 +9,6 @@
 namespace hybrid_lm {
 namespace {
 
-// Channels of a thread. More would be more registers than leave room for other threads.
-constexpr int WIDE = 4;
-
 template <int VEC>
 struct ConvBlocks {
   ConvGrid grid;
@@ -48,7 +45,7 @@ HYBRID_LM_DEVICE void conv_finish(const ConvGradArgs& a, const ConvPlace& at, in
 }
 
 template <class T, int VEC, int TAPS, int GROUP>
-__global__ void __launch_bounds__(CONV_THREADS) conv_backward_kernel(const ConvGradArgs a, const ConvBlocks<VEC> blocks) {
+__global__ void __launch_bounds__(CONV_THREADS, 3) conv_backward_kernel(const ConvGradArgs a, const ConvBlocks<VEC> blocks) {
   constexpr int ROWS = TAPS - 1 + GROUP;
   const int64_t tile = int64_t(blockIdx.x) % blocks.tiles, part = int64_t(blockIdx.x) / blocks.tiles;
   const int lane = threadIdx.x % CONV_LANES, warp = threadIdx.x / CONV_LANES;
@@ -82,8 +79,7 @@ __global__ void __launch_bounds__(CONV_THREADS) conv_backward_kernel(const ConvG
       gy_next.fetch(a.gy, at, t + GROUP, stop);
       HYBRID_LM_UNROLL
       for (int i = 0; i < GROUP; ++i) {
-        if (t + i >= stop) break;
-        if (conv_reset(a, at, t + i)) closed = TAPS - 1 + i;
+        if (t + i < stop && conv_reset(a, at, t + i)) closed = TAPS - 1 + i;
         if (a.silu) {
           float sum[VEC];
           conv_sum(w, row, i, closed, sum);
@@ -166,35 +162,36 @@ const char* start(const ConvGradArgs& a) {
   constexpr int GROUP = VEC * TAPS > 16 ? 1 : 2;
   const ConvBlocks<VEC> blocks(a);
   const int64_t count = blocks.parts(a.batch), grid = count * blocks.tiles;
-  if (grid > 0x7fffffff) return "causal_conv1d: more than 2^31 blocks of channels and tokens";
-  const size_t bytes = sizeof(float) * CONV_WARPS * (TAPS + 1) * CONV_LANES * VEC;
-  const char* error = launch(conv_backward_kernel<T, VEC, TAPS, GROUP>, dim3{unsigned(grid), 1, 1}, CONV_THREADS, bytes,
-                             a.stream, a, blocks);
-  if (error) return error;
   const int64_t tiles = (a.width + CONV_LANES - 1) / CONV_LANES;
+  if (grid > 0x7fffffff || tiles * (a.taps + 1) > 0x7fffffff) return "causal_conv1d: more than 2^31 blocks of channels and tokens";
+  const size_t bytes = sizeof(float) * CONV_WARPS * (TAPS + 1) * CONV_LANES * VEC;
+  // Without a sequence there are no parts, and the sums are zeros.
+  const char* error = count == 0 ? nullptr
+                                 : launch(conv_backward_kernel<T, VEC, TAPS, GROUP>, dim3{unsigned(grid), 1, 1},
+                                          CONV_THREADS, bytes, a.stream, a, blocks);
+  if (error) return error;
   return launch(conv_weights_kernel, dim3{unsigned(tiles * (a.taps + 1)), 1, 1}, CONV_THREADS,
                 sizeof(float) * CONV_THREADS, a.stream, static_cast<const ConvGradArgs&>(a), count, tiles);
 }
 
-template <class T>
-bool conv_in_vectors(const ConvGradArgs& a) {
-  return conv_aligned<T>(a, a.x, WIDE) && conv_aligned<T>(a, a.gy, WIDE) && conv_aligned<T>(a, a.gx, WIDE);
+template <class T, int VEC, int TAPS>
+const char* start_in_vectors(const ConvGradArgs& a) {
+  const bool aligned =
+      conv_aligned<T>(a, a.x, VEC) && conv_aligned<T>(a, a.gy, VEC) && conv_aligned<T>(a, a.gx, VEC);
+  return aligned ? start<T, VEC, TAPS>(a) : start<T, 1, TAPS>(a);
 }
 
 }  // namespace
 
 const char* conv_backward(const ConvGradArgs& a) {
+  if (!a.width) return nullptr;
   return with_conv_type(a.x.type, [&](auto type) {
     using T = decltype(type);
-    if (!conv_in_vectors<T>(a)) return a.taps > 4 ? start<T, 1, 8>(a) : start<T, 1, 4>(a);
-    return a.taps > 4 ? start<T, WIDE, 8>(a) : start<T, WIDE, 4>(a);
+    // More channels would be more registers than leave room for other threads.
+    return a.taps > 4 ? start_in_vectors<T, 2, 8>(a) : start_in_vectors<T, 4, 4>(a);
   });
 }
 
-int64_t conv_parts(const ConvGradArgs& a) {
-  // The more of both ways to go through the channels: which it is, the tensors' places decide.
-  const int64_t one = ConvBlocks<1>(a).parts(a.batch), wide = ConvBlocks<WIDE>(a).parts(a.batch);
-  return (one > wide ? one : wide) * (a.taps + 1) * a.width;
-}
+int64_t conv_parts(const ConvGradArgs& a) { return ConvBlocks<1>(a).parts(a.batch) * (a.taps + 1) * a.width; }
 
 }  // namespace hybrid_lm

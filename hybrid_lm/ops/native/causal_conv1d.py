@@ -1,15 +1,21 @@
-"""The native backend of the causal convolution: `csrc/cpu/kernels/conv.cpp` and `conv_backward.cpp`."""
+"""The native backend of the causal convolution: `csrc/cpu/kernels/conv*.cpp` and `csrc/cuda/conv*.cu`."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hybrid_lm.ops.backend import register
-from hybrid_lm.ops.native.library import why_not_on_cpu
+from hybrid_lm.ops.causal_conv1d import causal_conv1d
+from hybrid_lm.ops.native.library import why_not
 from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, refuse_second_gradients
+
+# Devices whose kernels compute in float32 alone and have registers for so many taps (CONV_TAPS of
+# csrc/cuda/conv.h); the rest is left to PyTorch.
+NARROW = {"cuda"}
+TAPS = 8
 
 INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu"
 declare("causal_conv1d", f"({INPUTS}, Tensor? initial, Tensor? reset) -> (Tensor y, Tensor state)")
@@ -32,6 +38,9 @@ def causal_conv1d_native(
     reset: Tensor | None = None,
     donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    if x.device.type in NARROW and (x.dtype == torch.float64 or weight.shape[1] > TAPS):
+        rest: dict[str, Any] = {"activation": activation, "initial": initial, "reset": reset}
+        return causal_conv1d(x, weight, bias, **rest, backend="torch")
     silu = activation == "silu"
     if donate and may_take(initial, x.dtype, x, weight, bias):
         return operators.causal_conv1d_(x, weight, bias, silu, initial, reset), initial
@@ -72,4 +81,4 @@ def _gradient(ctx, gy, gstate):
 
 torch.library.register_autograd(f"{NAMESPACE}::causal_conv1d", _gradient, setup_context=_setup)
 refuse_second_gradients("causal_conv1d_backward")
-register("causal_conv1d", "native", run=causal_conv1d_native, why_not=why_not_on_cpu)
+register("causal_conv1d", "native", run=causal_conv1d_native, why_not=why_not)
