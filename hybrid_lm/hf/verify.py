@@ -205,7 +205,8 @@ def run_child(
         order = {
             "folder": str(folder.resolve()),
             "work": work,
-            "path": [entry for entry in sys.path if entry],
+            # Without the cache of remote code that this process may have run before.
+            "path": [e for e in sys.path if e and not Path(e, "transformers_modules").is_dir()],
             "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "prompt": prompt,

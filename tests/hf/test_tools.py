@@ -15,7 +15,7 @@ from torch import Tensor
 from hybrid_lm.data.tokenizer import ByteTokenizer
 from hybrid_lm.hf.adapters import lora_report, lora_targets
 from hybrid_lm.hf.bundle import bundle
-from hybrid_lm.hf.convert import to_hf
+from hybrid_lm.hf.convert import export, to_hf
 from hybrid_lm.hf.wrapper import HybridLMForCausalLM
 
 pytest.importorskip("accelerate")
@@ -29,6 +29,15 @@ MOE = {
     },
 }
 MODELS = {**WHOLE, "moe": MOE}
+# Layers that look at their weights and positions in ways of their own.
+LATENT = {
+    "pattern": "a l f",
+    "layers": {
+        "a": {"type": "attention", "n_heads": 4, "alibi": True},
+        "l": {"type": "mla", "n_heads": 4, "kv_rank": 12, "nope_dim": 8, "rope_dim": 4, "v_dim": 6},
+        "f": MLP,
+    },
+}
 SHAPES = pytest.mark.parametrize("shape", list(MODELS))
 # Other people's code calls its own old names; a bias beside the modules is placed like a module.
 pytestmark = pytest.mark.filterwarnings(
@@ -372,9 +381,9 @@ def test_device_map_auto_cuts_between_residual_layers(tmp_path):
         assert torch.equal(loaded(x).logits, model(x).logits)
 
 
-@SHAPES
+@pytest.mark.parametrize("shape", [*MODELS, "latent"])
 def test_layers_that_stay_on_disk(shape, tmp_path):
-    model, x = made(shape), tokens(2, 9)
+    model, x = to_hf(build({**MODELS, "latent": LATENT}[shape]), format="remote"), tokens(2, 9)
     model.save_pretrained(tmp_path / "model")
     parts = {f"model.{name}": "disk" for name, _ in model.model.named_children()}
     # A residual layer is the unit; a matrix that is looked up and multiplied by is needed at all times.
@@ -535,3 +544,13 @@ def test_remote_code_has_the_same_tools(shape, tmp_path, monkeypatch):
         losses.append(tuned(input_ids=x, labels=x).loss)
         losses[-1].backward()
     assert torch.equal(*losses)
+
+
+def test_a_process_that_has_run_remote_code_can_export(tmp_path, monkeypatch):
+    """transformers puts its cache of remote code on the path, where the check of an export must not look."""
+    cache = tmp_path / "cache/transformers_modules"
+    cache.mkdir(parents=True)
+    (cache / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(cache.parent))
+    export(build(MODELS["recurrent"]), tmp_path / "out", format="remote")
+    assert (tmp_path / "out/modeling_hybrid_lm.py").is_file()
