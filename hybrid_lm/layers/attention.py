@@ -216,7 +216,7 @@ class Attention(Layer):
 
     def slopes(self, ctx: Context) -> Tensor:
         """ALiBi's slopes (h), made once per call."""
-        device = self.q_proj.weight.device
+        device = ctx.positions.device
         return ctx.once(f"alibi {self.n_heads}", lambda: alibi_slopes(self.n_heads).to(device))
 
     def mixing_flops(self, context: int) -> float:

@@ -140,8 +140,9 @@ class MLA(Layer):
             latent, seen = state.append(latent, mine)
             docs = None if docs is None else seen
         # For one query it costs less to work in the width of the latents than to make keys and values of all
-        # of them. An adapter around the matrix (LoRA) is not in its weight.
-        absorbs = x.shape[1] == 1 and type(self.kv_b_proj) is Linear
+        # of them. An adapter around the matrix (LoRA) is not in its weight, and a weight that is fetched when
+        # its module is called (accelerate's offloading) is not there.
+        absorbs = x.shape[1] == 1 and type(self.kv_b_proj) is Linear and not self.kv_b_proj.weight.is_meta
         look = self.absorbed if absorbs else self.expanded
         y = look(q, q_rope, latent, docs, ctx)
         return self.o_proj(y.flatten(-2), ctx), state

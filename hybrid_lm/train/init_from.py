@@ -192,11 +192,13 @@ def frozen(model: ModelConfig, words: Sequence[str | int]) -> list[str]:
 
     Raises ValueError for a word that is no place or has no parameters, and if nothing is left to train.
     """
-    names = [entry.name for entry in entries(build_model(model, weights=False))] if words else []
+    if not words:
+        return []
+    known = {entry.name: entry.parameter for entry in entries(build_model(model, weights=False))}
     found: dict[str, None] = {}
     for word in words:
         try:
-            there = [name for name in names if name.startswith(tuple(within(model, [word])))]
+            there = [name for name in known if name.startswith(tuple(within(model, [word])))]
         except ValueError as error:
             raise ValueError(f"init_from.freeze: {error}") from None
         if not there:
@@ -204,7 +206,8 @@ def frozen(model: ModelConfig, words: Sequence[str | int]) -> list[str]:
             why = "the output matrix is the embedding; freeze embed" if tied else "it has no parameters"
             raise ValueError(f"init_from.freeze: {word}: {why}")
         found |= dict.fromkeys(there)
-    if names and len(found) == len(names):
+    # A parameter without a gradient (a router's correction) would not be training.
+    if not any(x.requires_grad for name, x in known.items() if name not in found):
         raise ValueError("init_from.freeze: everything is frozen, and nothing is left to train")
     return list(found)
 
@@ -215,7 +218,8 @@ def freeze(model: HybridLM, config: RunConfig) -> None:
     if config.init_from is not None:
         names = set(frozen(config.model, config.init_from.freeze))
         for entry in entries(model):
-            entry.parameter.requires_grad_(entry.name not in names)
+            if entry.name in names:
+                entry.parameter.requires_grad_(False)
 
 
 @torch.no_grad()

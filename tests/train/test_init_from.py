@@ -287,3 +287,13 @@ def test_another_start_is_another_run(make, tmp_path, quiet):
         train(config, tmp_path / "new", resume=True, console=quiet)
     with pytest.raises(ValueError, match="an import is the model as it is"):
         adopt(build_model(make()), make(), tmp_path / "other", overwrite=False, console=quiet)
+
+
+def test_what_has_no_gradient_keeps_having_none(make):
+    moe = {"type": "moe", "n_experts": 4, "d_ff": 8, "router": "sigmoid"}
+    config = make(model={"layers": {"e": moe}}, replace={"1": "e"}, freeze=["0"])
+    model = build_model(config.model)
+    init_from.freeze(model, config)
+    frozen = {name for name, x in model.named_parameters() if not x.requires_grad}
+    at_0 = {name for name, _ in model.named_parameters() if name.startswith("layers.0.")}
+    assert frozen == at_0 | {"layers.1.layer.router_correction"}
