@@ -29,6 +29,10 @@ from hybrid_lm.train.checkpoint import load_run
 ORIGIN = "hf"
 """In a run's folder: what it keeps of the checkpoint that it came from (`hf.origin`)."""
 
+SAMPLE = (
+    "Two tokenizers that say the same of this, are the same: def f(x):\n\treturn 3.14 * x  # größer, 漢字 🙂"
+)
+
 
 class Plan(NamedTuple):
     """What becomes of the parameters."""
@@ -252,8 +256,16 @@ def other_tokenizer(plan: Plan, tokenizer: Tokenizer | None) -> str | None:
     """What to say if the data has another tokenizer than the imported model and its embedding is kept."""
     if plan.base.tokenizer is None or tokenizer is None or "embed.weight" not in plan.copied:
         return None
-    theirs = make_tokenizer(TokenizerConfig.model_validate(plan.base.tokenizer))
-    if theirs.fingerprint == tokenizer.fingerprint:
+    try:
+        theirs = make_tokenizer(TokenizerConfig.model_validate(plan.base.tokenizer))
+    except ValueError:
+        # One that cannot be used here (it has no end of text, say) is not compared.
+        return None
+    # By what they do: bytes that were exported come back as a BPE without merges.
+    if (
+        theirs.eot_id == tokenizer.eot_id
+        and theirs.encode(SAMPLE).tolist() == tokenizer.encode(SAMPLE).tolist()
+    ):
         return None
     return (
         f"WARNING: the data is read with the tokenizer {tokenizer.name}, the imported model was trained with "

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from hybrid_lm.config.load import ConfigError, load_config, parse_config
+from hybrid_lm.data import ByteTokenizer
 from hybrid_lm.model.build import build_model
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train import init_from
@@ -262,6 +263,16 @@ def test_the_tokenizer_comes_along(make_config, text, tmp_path, quiet):
     data["data"]["tokenizer"], told = {"kind": "bytes"}, io.StringIO()
     train(parse_config(data), tmp_path / "other", console=Console(file=told, width=300))
     assert "read with the tokenizer bytes, the imported model was trained with bpe" in told.getvalue()
+
+
+def test_bytes_that_went_out_are_still_bytes(make, tmp_path):
+    ByteTokenizer().to_hf(64).save_pretrained(tmp_path / "hf")
+    _, plan = init_from.make_plan(make())
+    exported = plan.base._replace(tokenizer={"kind": "huggingface", "path": str(tmp_path / "hf")})
+    assert init_from.other_tokenizer(plan._replace(base=exported), ByteTokenizer()) is None
+    # One that cannot be used here is not compared.
+    nothing = plan.base._replace(tokenizer={"kind": "huggingface", "path": str(tmp_path)})
+    assert init_from.other_tokenizer(plan._replace(base=nothing), ByteTokenizer()) is None
 
 
 def test_a_probe_has_no_tokenizer_to_take_over(make_probe, text, tmp_path, quiet):
