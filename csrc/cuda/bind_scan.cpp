@@ -70,9 +70,51 @@ Tensor selective_scan_(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, MaybeT
   return as_type(y, x.scalar_type());
 }
 
+// What the kernel writes as `type`, and the caller gets as the input's own.
+struct Gradient {
+  Tensor written;
+  ScalarType type;
+  Gradient(const Tensor& of, ScalarType type)
+      : written(new_tensor(of, {of.sizes().begin(), of.sizes().end()}, type)), type(of.scalar_type()) {}
+  Tensor done() const { return as_type(written, type); }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
+    MaybeTensor gy, MaybeTensor gstate, Tensor before, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C,
+    MaybeTensor D, MaybeTensor z, MaybeTensor dt_bias, bool dt_softplus, MaybeTensor reset) {
+  const OnDevice device(x);
+  ScanGradArgs a{};
+  Inputs inputs(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reset, gy);
+  inputs.fill(a, device);
+  const int64_t b = a.batch, t = a.tokens, d = a.width, n = a.states, chunks = (t + SCAN_CHUNK - 1) / SCAN_CHUNK;
+  STD_TORCH_CHECK(before.scalar_type() == ScalarType::Float, "before: another type than the forward pass keeps");
+  const Tensor kept = torch::stable::contiguous(before);
+  a.before = view_of(kept, "before", {chunks, b, n, d});
+  Tensor gy_rows = gy ? *gy : x;
+  if (gy) a.gy = inputs.rows(gy_rows, "gy", {b, t, d});
+  a.gstate = view_of(gstate, "gstate", {b, d, n});
+  const Gradient gx(x, inputs.type), gdt(dt, inputs.type), gz(z ? *z : x, inputs.type);
+  const auto own = [](const Tensor& of) { return new_tensor(of, {of.sizes().begin(), of.sizes().end()}, of.scalar_type()); };
+  const auto maybe_own = [&](const MaybeTensor& of) { return of ? own(*of) : new_tensor(x, {0}, x.scalar_type()); };
+  Tensor gA = own(A), gB = own(B), gC = own(C), gD = maybe_own(D), gdt_bias = maybe_own(dt_bias);
+  Tensor ginitial = new_tensor(x, {b, d, n}, ScalarType::Float);
+  a.gx = view_of(gx.written, "gx", {b, t, d}), a.gdt = view_of(gdt.written, "gdt", {b, t, d});
+  a.gA = view_of(gA, "gA", {d, n}), a.gB = view_of(gB, "gB", {b, t, n}), a.gC = view_of(gC, "gC", {b, t, n});
+  if (D) a.gD = view_of(gD, "gD", {d});
+  if (z) a.gz = view_of(gz.written, "gz", {b, t, d});
+  if (dt_bias) a.gdt_bias = view_of(gdt_bias, "gdt_bias", {d});
+  a.ginitial = view_of(ginitial, "ginitial", {b, d, n});
+  const Tensor scratch = new_tensor(x, {scan_backward_scratch(a)}, ScalarType::Float);
+  a.scratch = static_cast<float*>(scratch.data_ptr());
+  check(scan_backward(a));
+  const Tensor none = new_tensor(x, {0}, x.scalar_type());
+  return {gx.done(), gdt.done(), gA, gB, gC, gD, z ? gz.done() : none, gdt_bias, ginitial};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(hybrid_lm_native, HYBRID_LM_KEY, m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan));
   m.impl("selective_scan_", TORCH_BOX(&selective_scan_));
+  m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
 }
 
 }  // namespace

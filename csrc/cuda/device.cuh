@@ -10,11 +10,14 @@
 #if defined(HYBRID_LM_EMULATE)
 #include "cuda/emulation.h"
 #define HYBRID_LM_UNROLL
+#define HYBRID_LM_UNROLL_BY(n)
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define HYBRID_LM_UNROLL _Pragma("unroll")
+#define HYBRID_LM_UNROLL_BY(n) _Pragma(HYBRID_LM_TEXT(unroll n))
+#define HYBRID_LM_TEXT(x) #x
 #endif
 
 #define HYBRID_LM_DEVICE __device__ __forceinline__
@@ -137,10 +140,11 @@ struct alignas(VEC * sizeof(float)) Floats {
   float at[VEC];
 };
 
-// Sums COUNT numbers over LANES neighbouring lanes. Each lane keeps max(1, COUNT / LANES) of the sums, at the start of
-// v: those from `kept_from<COUNT, LANES>(lane)` on. The halves that two lanes have of each other's are exchanged, so
-// that the number of shuffles is that of the numbers and not a multiple. The order of additions is one for all.
-template <int COUNT, int LANES>
+// Sums COUNT numbers over LANES lanes that lie STRIDE apart; `lane` is the place of this one among them. Each keeps
+// max(1, COUNT / LANES) of the sums, at the start of v: those from `kept_from<COUNT, LANES>(lane)` on. Two lanes give
+// each other the half that they do not keep, so that there is about one shuffle for a number, however many the lanes.
+// The order of additions is always the same.
+template <int COUNT, int LANES, int STRIDE = 1>
 HYBRID_LM_DEVICE void sum_over_lanes(float (&v)[COUNT], unsigned lane) {
   static_assert((COUNT & (COUNT - 1)) == 0 && (LANES & (LANES - 1)) == 0);
   if constexpr (LANES > 1) {
@@ -152,14 +156,14 @@ HYBRID_LM_DEVICE void sum_over_lanes(float (&v)[COUNT], unsigned lane) {
       HYBRID_LM_UNROLL
       for (int i = 0; i < HALF; ++i) {
         const float own = upper ? v[i + HALF] : v[i], given = upper ? v[i] : v[i + HALF];
-        kept[i] = own + __shfl_xor_sync(ALL_LANES, given, STEP);
+        kept[i] = own + __shfl_xor_sync(ALL_LANES, given, STEP * STRIDE);
       }
-      sum_over_lanes<HALF, STEP>(kept, lane);
+      sum_over_lanes<HALF, STEP, STRIDE>(kept, lane);
       HYBRID_LM_UNROLL
       for (int i = 0; i < HALF; ++i) v[i] = kept[i];
     } else {
-      v[0] += __shfl_xor_sync(ALL_LANES, v[0], STEP);
-      sum_over_lanes<1, STEP>(v, lane);
+      v[0] += __shfl_xor_sync(ALL_LANES, v[0], STEP * STRIDE);
+      sum_over_lanes<1, STEP, STRIDE>(v, lane);
     }
   }
 }

@@ -18,11 +18,20 @@ struct ScanArgs {
   View before;    // (k b n d) float: the state before every stretch of tokens, for the backward pass; or absent
 };
 
+struct ScanGradArgs : ScanArgs {
+  View gy, gstate;  // may be absent: zeros
+  View gx, gdt, gA, gB, gC, gD, gz, gdt_bias, ginitial;
+  float* scratch;   // as much as scan_backward_scratch says
+};
+
 const char* scan(const ScanArgs&);
+const char* scan_backward(const ScanGradArgs&);
+// Floats that the backward pass sums up in.
+int64_t scan_backward_scratch(const ScanGradArgs&);
 
 // Tokens between two states that `before` keeps.
 constexpr int64_t SCAN_CHUNK = 64;
 // States that the kernels have lanes for.
-constexpr int64_t SCAN_STATES = 512;
+constexpr int64_t SCAN_STATES = 256;
 
 }  // namespace hybrid_lm

@@ -4,12 +4,21 @@
 namespace hybrid_lm {
 namespace {
 
+constexpr int THREADS = 128;
+constexpr int STAGED = 512;  // numbers of B, and of C, in a stage
+
+template <int LANES, int STATES>
+struct Shape : ScanLanes<LANES, STATES, THREADS, (STAGED / (LANES * STATES) < 8 ? STAGED / (LANES * STATES) : 8)> {
+  static constexpr int STEPS = STAGED / (LANES * STATES);
+};
+
 template <class T, class Shape>
-__global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const ScanArgs a) {
+__global__ void __launch_bounds__(THREADS) scan_kernel(const ScanArgs a) {
   using Bits = typename T::Bits;
   constexpr int GROUP = Shape::GROUP, OWN = Shape::OWN, STATES = Shape::STATES;
-  auto& shared = *reinterpret_cast<ScanShared<Shape>*>(shared_memory());
-  const ScanPlace<Shape> at(a);
+  auto* stages = reinterpret_cast<ScanStage<Shape::STEPS, Shape::WIDTH>*>(shared_memory());
+  const int64_t blocks = (a.width + Shape::CHANNELS - 1) / Shape::CHANNELS;
+  const ScanPlace<Shape> at(a, int64_t(blockIdx.x) / blocks, int64_t(blockIdx.x) % blocks);
 
   float A[STATES], h[STATES];
   scan_rates(a, at, A);
@@ -28,7 +37,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const ScanArgs a) {
   const Bits* dt_at = scan_at<T>(a.dt, at.row, own, at.channel);
   const Bits* z_at = a.z ? scan_at<T>(a.z, at.row, own, at.channel) : nullptr;
   Bits* y_at = scan_at<T>(a.y, at.row, own, at.channel);
-  ScanOwned<T, Shape> x_next, dt_next, z_next;
+  ScanOwned<T, Shape> x_next, dt_next, z_next{};
   auto fetch = [&](int64_t left) {
     x_next.fetch(x_at, a.x.stride[1], left);
     dt_next.fetch(dt_at, a.dt.stride[1], left);
@@ -39,11 +48,13 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const ScanArgs a) {
   };
   fetch(a.tokens - own);
 
-  ScanRows<T, Shape> rows;
+  ScanRows<T, Shape, Shape::STEPS> rows;
   rows.fetch(a, at.row, 0);
   int half = 0;
   for (int64_t start = 0; start < a.tokens; start += Shape::STEPS, half = !half) {
-    rows.put(shared, half);
+    // Nobody still reads what this stage replaces: the barrier of the stage between stood behind that.
+    auto& stage = stages[half];
+    rows.put(stage);
     __syncthreads();
     rows.fetch(a, at.row, start + Shape::STEPS);
     for (int g = 0; g < Shape::STEPS; g += GROUP) {
@@ -73,13 +84,13 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const ScanArgs a) {
       HYBRID_LM_UNROLL
       for (int i = 0; i < GROUP; ++i) {
         const float step = scan_owners<Shape>(dt, i), in = scan_owners<Shape>(input, i);
-        if (shared.reset[half][g + i]) {
+        if (stage.reset[g + i]) {
           HYBRID_LM_UNROLL
           for (int k = 0; k < STATES; ++k) h[k] = 0.0f;
         }
         float B[STATES], C[STATES];
-        scan_states<Shape>(shared.B[half][g + i], at.lane, B);
-        scan_states<Shape>(shared.C[half][g + i], at.lane, C);
+        scan_states<Shape>(stage.B[g + i], at.lane, B);
+        scan_states<Shape>(stage.C[g + i], at.lane, C);
         y[i] = scan_token<STATES, Thread>(h, A, step, in, B, C);
       }
       sum_over_lanes<GROUP, Shape::LANES>(y, at.lane);
@@ -103,17 +114,31 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const ScanArgs a) {
   }
 }
 
+// The way a channel's states are spread over lanes, by the sizes alone, so that a call gives the same bits on every
+// device: as few lanes as hold the states, and more where there are not channels enough to fill a device.
+template <class F>
+const char* with_shape(const ScanArgs& a, const F& f) {
+  const int64_t channels = a.batch * a.width;
+  if (a.states > 128) return f(Shape<16, 16>());
+  if (a.states > 64) return f(Shape<8, 16>());
+  if (a.states > 16) return f(Shape<4, 16>());
+  if (channels * 4 < SCAN_ENOUGH) return f(Shape<8, 2>());
+  if (channels * 2 < SCAN_ENOUGH) return f(Shape<4, 4>());
+  if (channels < SCAN_ENOUGH) return f(Shape<2, 8>());
+  return f(Shape<1, 16>());
+}
+
 }  // namespace
 
 const char* scan(const ScanArgs& a) {
   if (!a.batch || !a.width) return nullptr;
   return with_type(a.x.type, [&](auto type) {
-    return with_scan_shape(a, [&](auto shape) {
+    return with_shape(a, [&](auto shape) {
       using Shape = decltype(shape);
       const int64_t blocks = a.batch * ((a.width + Shape::CHANNELS - 1) / Shape::CHANNELS);
       if (blocks > 0x7fffffff) return "selective_scan: more than 2^31 blocks of channels";
-      return launch(scan_kernel<decltype(type), Shape>, dim3{unsigned(blocks), 1, 1}, SCAN_THREADS,
-                    sizeof(ScanShared<Shape>), a.stream, a);
+      return launch(scan_kernel<decltype(type), Shape>, dim3{unsigned(blocks), 1, 1}, THREADS,
+                    2 * sizeof(ScanStage<Shape::STEPS, Shape::WIDTH>), a.stream, a);
     });
   });
 }

@@ -14,16 +14,11 @@
 
 namespace hybrid_lm {
 
-constexpr int SCAN_THREADS = 128;
-constexpr int SCAN_STAGED = 512;  // numbers of B, and of C, in a stage
-
-template <int LANES_, int STATES_>
-struct ScanShape {
-  static constexpr int LANES = LANES_, STATES = STATES_;
-  static constexpr int WIDTH = LANES * STATES;          // states that a channel has room for
-  static constexpr int CHANNELS = SCAN_THREADS / LANES;  // of a block
-  static constexpr int STEPS = SCAN_STAGED / WIDTH;      // tokens of a stage
-  static constexpr int GROUP = STEPS < 8 ? STEPS : 8;
+template <int LANES_, int STATES_, int THREADS_, int GROUP_>
+struct ScanLanes {
+  static constexpr int LANES = LANES_, STATES = STATES_, THREADS = THREADS_, GROUP = GROUP_;
+  static constexpr int WIDTH = LANES * STATES;      // states that a channel has room for
+  static constexpr int CHANNELS = THREADS / LANES;  // of a block
   static constexpr int OWN = GROUP > LANES ? GROUP / LANES : 1;
   static constexpr int SAME = LANES > GROUP ? LANES / GROUP : 1;  // lanes that own the same token
   static constexpr int VEC = STATES < 4 ? STATES : 4;
@@ -35,34 +30,31 @@ struct ScanShape {
 // Where a thread is.
 template <class Shape>
 struct ScanPlace {
-  unsigned lane;    // of the channel's
-  int64_t row, channel;
-  bool there;       // not beyond the last channel, where a thread does what the last one does and writes nothing
-  int64_t first;    // of the block's channels
+  unsigned lane;         // of the channel's
+  int64_t row, channel;  // of the batch; of all channels
+  bool there;            // else beyond the last channel: it does what that one does, and writes nothing
 
-  HYBRID_LM_DEVICE ScanPlace(const ScanArgs& a) {
-    const int64_t blocks = (a.width + Shape::CHANNELS - 1) / Shape::CHANNELS;
-    const unsigned thread = threadIdx.x;
-    lane = thread % Shape::LANES;
-    row = int64_t(blockIdx.x) / blocks;
-    first = int64_t(blockIdx.x) % blocks * Shape::CHANNELS;
-    channel = first + thread / Shape::LANES;
+  HYBRID_LM_DEVICE ScanPlace(const ScanArgs& a, int64_t row, int64_t block) : row(row) {
+    lane = threadIdx.x % Shape::LANES;
+    channel = block * Shape::CHANNELS + threadIdx.x / Shape::LANES;
     there = channel < a.width;
     if (!there) channel = a.width - 1;
   }
 };
 
-template <class Shape>
-struct ScanShared {
-  float B[2][Shape::STEPS][Shape::WIDTH];
-  float C[2][Shape::STEPS][Shape::WIDTH];
-  int reset[2][Shape::STEPS];
+// A stage's rows, the same for all channels of a block.
+template <int STEPS, int WIDTH>
+struct alignas(16) ScanStage {
+  float B[STEPS][WIDTH];
+  float C[STEPS][WIDTH];
+  int reset[STEPS];
 };
 
 // The rows of B and C, and the resets, on their way from memory to a stage; 0 beyond the last token and state.
-template <class T, class Shape>
+template <class T, class Shape, int STEPS>
 struct ScanRows {
-  static constexpr int COUNT = SCAN_STAGED / SCAN_THREADS;
+  static constexpr int COUNT = STEPS * Shape::WIDTH / Shape::THREADS;
+  static_assert(COUNT * Shape::THREADS == STEPS * Shape::WIDTH && STEPS <= Shape::THREADS);
   typename T::Bits B[COUNT], C[COUNT];
   int reset;
 
@@ -72,7 +64,7 @@ struct ScanRows {
     const auto* from_C = static_cast<const Bits*>(a.C.data) + row * a.C.stride[0];
     HYBRID_LM_UNROLL
     for (int i = 0; i < COUNT; ++i) {
-      const int at = i * SCAN_THREADS + int(threadIdx.x), n = at % Shape::WIDTH;
+      const int at = i * Shape::THREADS + int(threadIdx.x), n = at % Shape::WIDTH;
       const int64_t t = start + at / Shape::WIDTH;
       const bool there = t < a.tokens && n < a.states;
       B[i] = there ? from_B[t * a.B.stride[1] + n] : Bits(0);
@@ -80,18 +72,18 @@ struct ScanRows {
     }
     const int64_t t = start + threadIdx.x;
     reset = 0;
-    if (a.reset && threadIdx.x < Shape::STEPS && t < a.tokens)
+    if (a.reset && threadIdx.x < STEPS && t < a.tokens)
       reset = static_cast<const uint8_t*>(a.reset.data)[row * a.reset.stride[0] + t * a.reset.stride[1]];
   }
 
-  HYBRID_LM_DEVICE void put(ScanShared<Shape>& to, int half) const {
+  HYBRID_LM_DEVICE void put(ScanStage<STEPS, Shape::WIDTH>& to) const {
     HYBRID_LM_UNROLL
     for (int i = 0; i < COUNT; ++i) {
-      const int at = i * SCAN_THREADS + int(threadIdx.x);
-      (&to.B[half][0][0])[at] = T::wide(B[i]);
-      (&to.C[half][0][0])[at] = T::wide(C[i]);
+      const int at = i * Shape::THREADS + int(threadIdx.x);
+      (&to.B[0][0])[at] = T::wide(B[i]);
+      (&to.C[0][0])[at] = T::wide(C[i]);
     }
-    if (threadIdx.x < Shape::STEPS) to.reset[half][threadIdx.x] = reset;
+    if (threadIdx.x < STEPS) to.reset[threadIdx.x] = reset;
   }
 };
 
@@ -159,20 +151,6 @@ constexpr int64_t SCAN_ENOUGH = 48;
 #else
 constexpr int64_t SCAN_ENOUGH = 32768;
 #endif
-
-// Picks the way a channel's states are spread over lanes, by the shape alone, so that the same call gives the same bits
-// on every device: as few lanes as hold the states, and more where there are not channels enough to fill a device.
-template <class F>
-inline const char* with_scan_shape(const ScanArgs& a, const F& f) {
-  const int64_t channels = a.batch * a.width;
-  if (a.states > 128) return f(ScanShape<32, 16>());
-  if (a.states > 64) return f(ScanShape<8, 16>());
-  if (a.states > 16) return f(ScanShape<4, 16>());
-  if (channels * 4 < SCAN_ENOUGH) return f(ScanShape<8, 2>());
-  if (channels * 2 < SCAN_ENOUGH) return f(ScanShape<4, 4>());
-  if (channels < SCAN_ENOUGH) return f(ScanShape<2, 8>());
-  return f(ScanShape<1, 16>());
-}
 
 template <class F>
 inline const char* with_type(Type type, const F& f) {

@@ -17,7 +17,7 @@ CHUNKS = {"cpu": 32, "cuda": 64}
 # Devices whose kernels compute in float32 alone, and on as many states as a warp has room for (SCAN_STATES of
 # csrc/cuda/kernels.h); the rest is left to PyTorch.
 NARROW = {"cuda"}
-STATES = 512
+STATES = 256
 
 INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
