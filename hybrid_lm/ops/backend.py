@@ -20,7 +20,7 @@ from torch import Tensor
 from hybrid_lm.registry import unknown
 
 # Best first; `auto` takes the first one that can run.
-BACKENDS = ("native", "mamba_ssm", "fla", "torch", "reference")
+BACKENDS = ("triton", "native", "mamba_ssm", "fla", "torch", "reference")
 
 
 @dataclass(frozen=True)

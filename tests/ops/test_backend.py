@@ -59,7 +59,7 @@ def test_a_native_library_that_is_missing_is_refused_with_the_reason(monkeypatch
             "linear_recurrence, linear_cross_entropy: backend 'native' cannot run on cpu: this version",
         ),
         ("native", "it has: reference, torch"),
-        ("troch", "known: auto, fla, mamba_ssm, native, reference, torch. Did you mean 'torch'?"),
+        ("troch", "known: auto, fla, mamba_ssm, native, reference, torch, triton. Did you mean 'torch'?"),
         ({"sdd": "torch"}, "unknown op 'sdd'; known: attention,"),
         ({"sdd": "torch"}, "Did you mean 'ssd'?"),
     ],

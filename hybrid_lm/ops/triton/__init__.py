@@ -1,0 +1,8 @@
+"""Triton kernels: backends of the ops on NVIDIA GPUs.
+
+Importing this enters them in the table of `ops.backend`; triton itself is imported when one first runs.
+"""
+
+from hybrid_lm.ops.triton import ssd
+
+__all__ = ["ssd"]

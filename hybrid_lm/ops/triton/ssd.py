@@ -1,0 +1,387 @@
+"""The Triton backend of SSD: the operators, their shapes and gradients, and how the kernels are launched.
+
+Forward, one program per head (and block of its channels) walks the sequence with the state on chip: nothing
+but x, dt, B, C and y touches memory. With too few heads for the device, a first pass leaves the state at
+every `span`-th chunk, and the second works on all spans at once. The backward pass keeps nothing from the
+forward one: it walks the states forward, their gradients backward, and then takes all chunks at once; heads
+that share B and C are summed in order by the program that has them. No sum depends on timing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybrid_lm.ops.backend import register
+from hybrid_lm.ops.native.operators import may_take, tracked
+from hybrid_lm.ops.precision import wide
+from hybrid_lm.ops.triton.tuning import Choice, best, interpreted
+
+# Widths of a state that one program takes; wider ones are cut before.
+MAX_P, MAX_N = 128, 256
+# Programs that keep a large GPU busy (132 multiprocessors, two programs each).
+ENOUGH = 264
+
+
+def why_not(device: str) -> str | None:
+    """None where the kernels run, else the reason in words."""
+    if device == "cpu" and interpreted():
+        return None
+    if device != "cuda":
+        return f"Triton kernels run on NVIDIA GPUs, not on {device}"
+    if torch.version.hip is not None:
+        return "untested on AMD GPUs"
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    return _gpu()
+
+
+@cache
+def _gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"needs compute capability 8.0, and this GPU has {major}.{minor}"
+
+
+def ssd_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial: Tensor | None = None,
+    reset: Tensor | None = None,
+    chunk: int = 64,
+    donate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    p, n = x.shape[3], B.shape[3]
+    if p > MAX_P or n > MAX_N:
+        return _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset, chunk)
+    tensors = (x, dt, A, B, C, D, dt_bias)
+    if x.shape[1] == 1 and not tracked(initial, *tensors):
+        if donate and may_take(initial, wide(x), *tensors):
+            state = initial
+        elif initial is None:
+            state = x.new_zeros((x.shape[0], x.shape[2], p, n), dtype=wide(x))
+        else:
+            state = initial.to(wide(x), copy=True).contiguous()
+        return _step(*tensors, dt_softplus, *dt_limit, state, reset), state
+    return _ssd(*tensors, dt_softplus, *dt_limit, initial, reset, chunk)
+
+
+def _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset, chunk):
+    """States wider than a program's: channels are independent, and y is a sum over the states."""
+    ends = (range(0, x.shape[3], MAX_P), range(0, B.shape[3], MAX_N))
+    ys, states = [], []
+    for i in ends[0]:
+        parts, row = [], []
+        for j in ends[1]:
+            start = None if initial is None else initial[:, :, i : i + MAX_P, j : j + MAX_N]
+            y, state = ssd_triton(
+                # the parts of y are rounded after they are added
+                x[..., i : i + MAX_P].to(wide(x) if len(ends[1]) > 1 else x.dtype),
+                dt, A, B[..., j : j + MAX_N], C[..., j : j + MAX_N],
+                D=D if j == 0 else None, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
+                initial=start, reset=reset, chunk=chunk,
+            )  # fmt: skip
+            parts.append(y)
+            row.append(state)
+        ys.append(sum(parts[1:], parts[0]).to(x.dtype))
+        states.append(torch.cat(row, 3))
+    return torch.cat(ys, 3), torch.cat(states, 2)
+
+
+class Shape(NamedTuple):
+    """Sizes, and what the kernels are compiled for."""
+
+    b: int
+    t: int
+    h: int
+    p: int
+    n: int
+    g: int
+    Q: int
+    BN: int
+    BP: int
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.t // self.Q)
+
+    @property
+    def heads(self) -> int:
+        """Heads of a group."""
+        return self.h // self.g
+
+
+def _shape(x: Tensor, B: Tensor, chunk: int, widest: int = 64) -> Shape:
+    b, t, h, p = x.shape
+    g, n = B.shape[2:]
+    if t < 1:
+        raise ValueError(f"ssd: x has {t} tokens; at least one is needed")
+    if h % g:
+        raise ValueError(f"ssd: {h} heads are no multiple of {g} groups")
+    return Shape(b, t, h, p, n, g, _tile(min(chunk, widest)), _tile(n), _tile(p))
+
+
+def _tile(size: int) -> int:
+    """The smallest power of two from 16 that holds so many."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _types(x: Tensor, B: Tensor, C: Tensor) -> dict[str, Any]:
+    """In what type sums are kept, and what the tensor cores multiply.
+
+    bfloat16 only where all is bfloat16. float16 would overflow where a product is wider than its factors:
+    TF32 has its precision and the range of float32. float32 is three products of TF32.
+    """
+    import triton.language as tl
+
+    if x.dtype == torch.float64:
+        return {"WIDE": tl.float64, "OPERAND": tl.float64, "PRECISION": "ieee"}
+    given = {v.dtype for v in (x, B, C)}
+    if given == {torch.bfloat16}:
+        return {"WIDE": tl.float32, "OPERAND": tl.bfloat16, "PRECISION": "tf32"}
+    precision = "tf32" if given <= {torch.bfloat16, torch.float16} else "tf32x3"
+    return {"WIDE": tl.float32, "OPERAND": tl.float32, "PRECISION": precision}
+
+
+def _rows(v: Tensor) -> Tensor:
+    """With the last axis side by side in memory, and tokens near enough for 32-bit offsets in a chunk; the
+    other axes may lie as they like."""
+    fits = (v.stride(-1) == 1 or v.shape[-1] == 1) and v.stride(1) < 2**24
+    return v if fits else v.contiguous()
+
+
+def _packed(*tensors: Tensor | None) -> Iterator[Any]:
+    return (None if v is None else v.contiguous() for v in tensors)
+
+
+def _options(
+    dt_bias: Tensor | None, reset: Tensor | None, softplus: bool, limits: tuple[float, float]
+) -> dict[str, Any]:
+    # softplus keeps steps above 0 by itself
+    free = limits == (0.0, math.inf) and softplus
+    return {
+        "HAS_BIAS": dt_bias is not None,
+        "HAS_RESET": reset is not None,
+        "SOFTPLUS": softplus,
+        "LIMITS": not free,
+        "LOW": limits[0],
+        "HIGH": limits[1],
+    }
+
+
+def _flag(reset: Tensor | None, like: Tensor) -> Tensor:
+    """A mask as bytes that lie side by side; where there is none, anything that has an address."""
+    return like if reset is None else reset.contiguous().view(torch.uint8)
+
+
+def _walk(
+    v: Tensor, u: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, reset: Tensor | None,
+    start: Tensor | None, kept: Tensor, span: int, reverse: bool,
+    s: Shape, types: dict[str, Any], options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The state at the end of a walk (b h p n), and into `kept` (b h spans n p) that at every span."""
+    from hybrid_lm.ops.triton.ssd_kernels import states_kernel
+
+    end = A.new_empty((s.b, s.h, s.p, s.n), dtype=wide(v))
+
+    def launch(choice: Choice) -> None:
+        BN, BP = min(choice.BN, s.BN), min(choice.BP, s.BP)
+        states_kernel[(s.b * s.h, -(-s.p // BP), -(-s.n // BN))](
+            v, u, dt, A, dt_bias, _flag(reset, v), start, kept, end,
+            s.t, s.h, s.p, s.n, s.heads, kept.shape[2], span,
+            *v.stride()[:3], *u.stride()[:3], *dt.stride(),
+            **options | types | choice.options
+            | {"HAS_START": start is not None, "REVERSE": reverse, "Q": s.Q, "BN": BN, "BP": BP},
+        )  # fmt: skip
+
+    best("ssd_states", launch, v, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], reverse))
+    return end
+
+
+@torch.library.custom_op("hybrid_lm_triton::ssd", mutates_args=())
+def _ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, dt_low: float, dt_high: float, initial: Tensor | None, reset: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (b t h p) and the final state (b h p n)."""
+    from hybrid_lm.ops.triton.ssd_kernels import outputs_kernel
+
+    s, types = _shape(x, B, chunk), _types(x, B, C)
+    x, B, C = _rows(x), _rows(B), _rows(C)
+    A, D, dt_bias, initial = _packed(A, D, dt_bias, initial)
+    options = _options(dt_bias, reset, dt_softplus, (dt_low, dt_high))
+    y = x.new_empty(x.shape)
+    spans = _spans(s)
+    span = -(-s.chunks // spans)
+    if spans > 1:
+        kept = x.new_empty((s.b, s.h, -(-s.chunks // span), s.n, s.p), dtype=wide(x))
+        start, state = kept, _walk(
+            x, B, dt, A, dt_bias, reset, initial, kept, span, False, s, types, options
+        )  # fmt: skip
+    else:
+        start, state = initial, x.new_empty((s.b, s.h, s.p, s.n), dtype=wide(x))
+
+    def launch(choice: Choice) -> None:
+        BP = min(choice.BP, s.BP)
+        outputs_kernel[(s.b * s.h, -(-s.p // BP), -(-s.chunks // span))](
+            x, dt, A, B, C, D, dt_bias, _flag(reset, x), start, y, state,
+            s.t, s.h, s.p, s.n, s.heads, -(-s.chunks // span), span,
+            *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
+            **options | types | choice.options
+            | {"HAS_D": D is not None, "HAS_START": start is not None, "KEPT": spans > 1}
+            | {"Q": s.Q, "BN": s.BN, "BP": BP},
+        )  # fmt: skip
+
+    best("ssd_outputs", launch, x, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], spans > 1))
+    return y, state
+
+
+def _spans(s: Shape) -> int:
+    """Into how many parts a sequence is cut so that the device is busy: 1 where the heads alone do that."""
+    return 1 if s.b * s.h >= ENOUGH // 2 else min(s.chunks, -(-ENOUGH // (s.b * s.h)))
+
+
+@torch.library.custom_op("hybrid_lm_triton::ssd_backward", mutates_args=())
+def _ssd_backward(
+    gy: Tensor | None, gstate: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_low: float, dt_high: float,
+    initial: Tensor | None, reset: Tensor | None, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state; empty for what is absent."""
+    from hybrid_lm.ops.triton.ssd_kernels import gradients_kernel
+
+    s, types = _backward_shape(x, B, chunk), _types(x, B, C)
+    gy = x.new_zeros(x.shape) if gy is None else gy
+    gy, x, B, C = _rows(gy), _rows(x), _rows(B), _rows(C)
+    A, D, dt_bias, initial, gstate = _packed(A, D, dt_bias, initial, gstate)
+    options = _options(dt_bias, reset, dt_softplus, (dt_low, dt_high))
+    common = (s, types, options)
+    # states and their gradients are only multiplied: in the type of the factors they lose nothing more
+    kept = torch.bfloat16 if types["PRECISION"] == "tf32" and x.dtype == torch.bfloat16 else wide(x)
+    before, after = (x.new_empty((s.b, s.h, s.chunks, s.n, s.p), dtype=kept) for _ in range(2))
+    _walk(x, B, dt, A, dt_bias, reset, initial, before, 1, False, *common)
+    ginitial = _walk(gy, C, dt, A, dt_bias, reset, gstate, after, 1, True, *common)
+    share, parts = _shares(s)
+    gx, gdt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    gB, gC = (v.new_empty((parts, *v.shape), dtype=v.dtype if parts == 1 else wide(x)) for v in (B, C))
+    sums = x.new_empty((3, s.b, s.chunks, s.h), dtype=wide(x))
+
+    def launch(choice: Choice) -> None:
+        gradients_kernel[(s.chunks, s.g * parts, s.b)](
+            gy, x, dt, A, B, C, D, dt_bias, _flag(reset, x), before, after, gx, gdt, gB, gC, sums,
+            s.t, s.h, s.p, s.n, s.heads, share,
+            *gy.stride()[:3], *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
+            **options | types | choice.options
+            | {"HAS_D": D is not None, "Q": s.Q, "BN": s.BN, "BP": s.BP},
+        )  # fmt: skip
+
+    best("ssd_gradients", launch, x, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], share))
+    gA, gD, gbias = sums.sum((1, 2)).unbind(0)
+    gB, gC = (v.sum(0).to(like.dtype) if parts > 1 else v[0] for v, like in ((gB, B), (gC, C)))
+
+    def given(grad: Tensor, like: Tensor | None) -> Tensor:
+        return x.new_empty(0) if like is None else grad.to(like.dtype, copy=True)
+
+    return (
+        gx, gdt, given(gA, A), gB, gC, given(gD, D), given(gbias, dt_bias), given(ginitial, initial),
+    )  # fmt: skip
+
+
+def _backward_shape(x: Tensor, B: Tensor, chunk: int) -> Shape:
+    """Shorter chunks for wide states, whose gradients would not fit on chip beside them."""
+    return _shape(x, B, chunk, widest=64 if B.shape[3] * max(x.shape[3], 64) <= 128 * 64 else 32)
+
+
+def _shares(s: Shape) -> tuple[int, int]:
+    """How many heads of a group one program takes one after the other, and how many shares that makes.
+
+    All of them where the chunks are enough programs; the shares are summed by a second pass.
+    """
+    wanted = min(s.heads, max(1, ENOUGH // (s.b * s.g * s.chunks)))
+    share = -(-s.heads // wanted)
+    return share, -(-s.heads // share)
+
+
+@torch.library.custom_op("hybrid_lm_triton::ssd_step", mutates_args=("state",))
+def _step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, dt_low: float, dt_high: float, state: Tensor, reset: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """One token: y (b 1 h p); the state (b h p n) is updated in place."""
+    from hybrid_lm.ops.triton.ssd_kernels import step_kernel
+
+    s = _shape(x, B, 1)
+    x, B, C = _rows(x), _rows(B), _rows(C)
+    A, D, dt_bias = _packed(A, D, dt_bias)
+    y = x.new_empty(x.shape)
+
+    def launch(choice: Choice) -> None:
+        BP = min(choice.BP, s.BP)
+        step_kernel[(s.b * s.h, -(-s.p // BP))](
+            x, dt, A, B, C, D, dt_bias, _flag(reset, x), state, y,
+            s.h, s.p, s.n, s.heads,
+            *(m for v in (x, dt, B, C) for m in (v.stride(0), v.stride(2))),
+            **_options(dt_bias, reset, dt_softplus, (dt_low, dt_high)) | choice.options
+            | {"HAS_D": D is not None, "BN": s.BN, "BP": BP, "WIDE": _types(x, B, C)["WIDE"]},
+        )  # fmt: skip
+
+    # not tuned: each run changes the state
+    launch(Choice(BP=max(1, 2048 // s.BN), num_warps=4))
+    return y
+
+
+@_ssd.register_fake
+def _(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_low, dt_high, initial, reset, chunk):
+    b, _, h, p = x.shape
+    return x.new_empty(x.shape), x.new_empty((b, h, p, B.shape[3]), dtype=wide(x))
+
+
+@_step.register_fake
+def _(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_low, dt_high, state, reset):
+    return x.new_empty(x.shape)
+
+
+@_ssd_backward.register_fake
+def _(gy, gstate, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_low, dt_high, initial, reset, chunk):
+    given = (x, dt, A, B, C, D, dt_bias, initial)
+    return (*(x.new_empty(0) if v is None else v.new_empty(v.shape) for v in given),)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.dt_softplus, ctx.dt_low, ctx.dt_high, initial, reset, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors, initial, reset)
+    # an unused output must not cost zeros of its size
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, gy, gstate):
+    *tensors, initial, reset = ctx.saved_tensors
+    options = (ctx.dt_softplus, ctx.dt_low, ctx.dt_high)
+    *given, ginitial = _ssd_backward(gy, gstate, *tensors, *options, initial, reset, ctx.chunk)
+    grads = [None if v is None else g for g, v in zip(given, tensors, strict=True)]
+    return *grads, None, None, None, None if initial is None else ginitial, None, None
+
+
+def _refuse(ctx, *grads):
+    raise ValueError("ssd: Triton kernels have no gradients of gradients; backend='reference' has them")
+
+
+_ssd.register_autograd(_gradient, setup_context=_setup)
+_ssd_backward.register_autograd(_refuse)
+register("ssd", "triton", run=ssd_triton, why_not=why_not)

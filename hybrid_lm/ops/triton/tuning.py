@@ -1,0 +1,137 @@
+"""Which of a few ways to launch a kernel is fastest here: measured once, and kept on disk.
+
+One file of the cache (`ops/native/library.py` says where that is) holds the choices of one GPU model, of
+one version of triton and of these sources. The first call with a new shape takes seconds longer: every
+candidate is compiled. While a CUDA graph is captured nothing can be measured: the first candidate is taken,
+and not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybrid_lm.files import replace_text
+from hybrid_lm.ops.native.library import cache_folder
+
+
+class Choice(NamedTuple):
+    """How one kernel is launched: the largest tile of channels and of states, warps, and pipeline stages."""
+
+    BP: int = 64
+    BN: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What triton is told beside a kernel's arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# The first is taken where nothing can be measured.
+CANDIDATES: dict[str, tuple[Choice, ...]] = {
+    "ssd_outputs": (
+        Choice(64, num_warps=4, num_stages=2),
+        Choice(64, num_warps=4, num_stages=1),
+        Choice(64, num_warps=8, num_stages=2),
+        Choice(32, num_warps=4, num_stages=2),
+        Choice(32, num_warps=4, num_stages=3),
+    ),
+    "ssd_states": (
+        Choice(64, 128, num_warps=4, num_stages=2),
+        Choice(64, 64, num_warps=4, num_stages=3),
+        Choice(32, 64, num_warps=4, num_stages=3),
+        Choice(64, 128, num_warps=8, num_stages=3),
+    ),
+    "ssd_gradients": (
+        Choice(num_warps=8, num_stages=1),
+        Choice(num_warps=8, num_stages=2),
+        Choice(num_warps=4, num_stages=1),
+    ),
+}
+
+
+def interpreted() -> bool:
+    """Whether triton runs its kernels in Python, on the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def best(kernel: str, launch: Callable[[Choice], None], tensor: Tensor, shape: tuple[object, ...]) -> None:
+    """Runs a kernel the fastest way.
+
+    `launch` runs it one way, and must come to the same result as often as it runs. `tensor` says which
+    device; `shape` is all that another choice might depend on.
+    """
+    candidates = CANDIDATES[kernel]
+    if tensor.device.type != "cuda":
+        return launch(candidates[0])
+    key = f"{kernel} {tensor.dtype} {' '.join(map(str, shape))}"
+    table = _table(tensor.device.index or 0)
+    if key not in table:
+        if torch.cuda.is_current_stream_capturing():
+            return launch(candidates[0])
+        table[key] = _measure(candidates, launch)
+        _keep(tensor.device.index or 0)
+    launch(candidates[table[key]])
+
+
+def _measure(candidates: tuple[Choice, ...], launch: Callable[[Choice], None]) -> int:
+    """The number of the fastest candidate. One that the device has no room for is out."""
+    from triton.runtime.errors import OutOfResources
+
+    times = []
+    for choice in candidates:
+        try:
+            times.append(_milliseconds(lambda choice=choice: launch(choice)))
+        except OutOfResources:
+            times.append(float("inf"))
+    return times.index(min(times))
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    """The shortest of five runs, after two that compile and warm up."""
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times[2:])
+
+
+@cache
+def _table(device: int) -> dict[str, int]:
+    """The choices that are known for a device; what cannot be read is measured again."""
+    try:
+        found = json.loads(_file(device).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in found.items() if v < len(CANDIDATES.get(k.split()[0], ()))}
+
+
+def _keep(device: int) -> None:
+    """Writes the choices; a cache that cannot be written is no reason to stop."""
+    with suppress(OSError):
+        _file(device).parent.mkdir(parents=True, exist_ok=True)
+        replace_text(_file(device), json.dumps(_table(device), indent=1, sort_keys=True))
+
+
+@cache
+def _file(device: int) -> Path:
+    import triton
+
+    key = hashlib.sha256(f"{torch.cuda.get_device_name(device)} {triton.__version__} {CANDIDATES}".encode())
+    key.update(Path(__file__).with_name("ssd_kernels.py").read_bytes())
+    return cache_folder().with_name("triton") / f"{key.hexdigest()[:16]}.json"

@@ -1,0 +1,289 @@
+"""The Triton kernels: on a GPU where there is one, else in triton's interpreter, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid_lm import ops
+from hybrid_lm.ops.precision import wide
+from hybrid_lm.ops.triton import ssd as triton_ssd
+from hybrid_lm.ops.triton import tuning
+from tests.ops.cases import Case, Inputs, cast, error, leaves_of, outputs, run, ssd
+
+INTERPRETED = tuning.interpreted()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+REASON = triton_ssd.why_not(DEVICE)
+kernel = pytest.mark.skipif(REASON is not None, reason=f"in the interpreter, by another test: {REASON}")
+HERE = Path(__file__)
+
+if INTERPRETED:
+    import tests.ops.interpreter  # noqa: F401
+
+
+@pytest.mark.skipif(INTERPRETED or REASON is None, reason="the kernels run here")
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_all_of_these_in_the_interpreter() -> None:
+    # triton looks at this variable when it is imported: a process that compiles kernels cannot do both
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not interpreter",
+        str(HERE),
+    ]
+    done = subprocess.run(command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def small(t: int, **sizes: Any) -> Case:
+    """A case that the interpreter goes through in a second."""
+    return ssd(t, sizes.pop("chunk", 16), sizes.pop("groups", 1), **{"b": 1, "h": 2, **sizes})
+
+
+CASES = [
+    small(1, b=2),
+    small(16, groups=2),
+    small(37, b=2, h=6, groups=2),
+    small(21, p=17, n=19),
+    small(35, full=False, reset=False),
+    small(35, full=False),
+    *(small(21, reset=reset) for reset in ("first", "all")),
+    *(small(21, without=(name,)) for name in ("D", "dt_bias", "dt_softplus", "dt_limit", "initial", "reset")),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """What a kernel forgets to write is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def placed(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The inputs rounded to a type, as leaves, where the kernels run."""
+    return {k: v.to(DEVICE).detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+            for k, v in cast(inputs, dtype).items()}  # fmt: skip
+
+
+def exact(made: Inputs, dtype: torch.dtype, unused: int | None = None) -> list[Tensor]:
+    """The float64 reference on inputs that a type has rounded."""
+    rounded = {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in made.items()
+    }
+    return run(ops.ssd, placed(rounded, torch.float64), unused, backend="reference")
+
+
+def check(case: Case, made: Inputs, dtype: torch.dtype, unused: int | None = None) -> None:
+    expected, plain = (
+        exact(made, dtype, unused),
+        run(ops.ssd, placed(made, dtype), unused, backend="reference"),
+    )
+    inputs = placed(made, dtype)
+    actual = run(ops.ssd, inputs, unused, backend="triton")
+    assert [(a.dtype, a.shape) for a in actual] == [(p.dtype, p.shape) for p in plain]
+    names = ["y", "state", *leaves_of(inputs)]
+    for name, a, p, e in zip(names, actual, plain, expected, strict=True):
+        # roundings of the wide type, one for each link of the case's chain
+        limit = case.chain * torch.finfo(wide(inputs["x"])).eps
+        if dtype in (torch.bfloat16, torch.float16):
+            # factors are rounded once more than in plain PyTorch: at most twice its error, as for every op,
+            # and the half of a last place by which that one may have been lucky
+            limit += 2 * error(p, e) + torch.finfo(dtype).eps / 2
+        assert error(a, e) <= limit, name
+
+
+@kernel
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_equals_the_reference(case: Case, generator: torch.Generator) -> None:
+    check(case, case.make(generator), torch.float64)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda c: c.id)
+def test_types(case: Case, dtype: torch.dtype, generator: torch.Generator) -> None:
+    check(case, case.make(generator), dtype)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_do_not_drift(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """The state is float32 from end to end, whatever the type of the inputs."""
+    case = small(150, reset=False)
+    made = case.make(generator)
+    made["A"] = made["A"] / 100
+    rounded = placed(made, dtype)
+    state = ops.ssd(**rounded, backend="triton")[1]
+    assert state.dtype == torch.float32
+    # 2^-16: what is left when a factor counts in two parts of 8 bits each
+    assert error(state, exact(made, dtype)[1]) <= case.chain * torch.finfo(torch.float32).eps + 2**-16
+
+
+@kernel
+@pytest.mark.parametrize("spans", [1, 2, 3])
+def test_both_ways_through_a_sequence(
+    spans: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_ssd, "_spans", lambda s: min(spans, s.chunks))
+    case = small(70, chunk=16)
+    check(case, case.make(generator), torch.float64)
+
+
+@kernel
+@pytest.mark.parametrize("share", [1, 2, 3])
+def test_heads_may_be_shared_out(
+    share: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_ssd, "_shares", lambda s: (share, -(-s.heads // share)))
+    case = small(20, h=3)
+    check(case, case.make(generator), torch.float64)
+
+
+@kernel
+def test_states_wider_than_a_program(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ssd, "MAX_P", 2)
+    monkeypatch.setattr(triton_ssd, "MAX_N", 3)
+    case = small(19)
+    check(case, case.make(generator), torch.float64)
+    check(case, case.make(generator), torch.bfloat16)
+
+
+@kernel
+@pytest.mark.parametrize("unused", [0, 1], ids=["only the state is used", "only y is used"])
+def test_an_unused_output(unused: int, generator: torch.Generator) -> None:
+    case = small(20)
+    check(case, case.make(generator), torch.float64, unused)
+
+
+@kernel
+@pytest.mark.parametrize("case", [small(1, b=2), small(1, b=2, full=False), small(1, groups=2, p=33)],
+                         ids=lambda c: c.id)  # fmt: skip
+@pytest.mark.parametrize("donate", [False, True])
+def test_decoding(case: Case, donate: bool, generator: torch.Generator) -> None:
+    made = case.make(generator)
+    expected = ops.ssd(**made, backend="reference")
+    inputs = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in made.items()}
+    given = inputs.get("initial")
+    before = None if given is None else given.clone()
+    y, state = ops.ssd(**inputs, donate=donate, backend="triton")
+    for a, e in zip((y, state), expected, strict=True):
+        assert error(a.cpu(), e) <= case.chain * torch.finfo(torch.float64).eps
+    if given is not None and before is not None:
+        assert (state is given) == donate
+        assert donate or torch.equal(given, before)
+
+
+def gaps(v: Tensor) -> Tensor:
+    """The same numbers, every second of a tensor with NaNs between."""
+    return torch.stack((v, torch.full_like(v, torch.nan)), -1)[..., 0]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "every second": gaps,
+    "last axis first": lambda v: v.movedim(-1, 0).contiguous().movedim(0, -1),
+    "batch after tokens": lambda v: v.movedim(0, 1).contiguous().movedim(1, 0) if v.dim() > 1 else v,
+    "slice of a row": lambda v: torch.cat((v, v), -1)[..., : v.shape[-1]],
+}
+
+
+@kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_nothing(layout: str, generator: torch.Generator) -> None:
+    made = placed(small(19, b=2, groups=2).make(generator), torch.float32)
+    laid = {
+        k: LAYOUTS[layout](v.detach()).requires_grad_() if k in leaves_of(made) else v
+        for k, v in made.items()
+    }
+    ys = outputs(ops.ssd(**laid, backend="triton"))
+    given = [torch.randn(y.shape, generator=generator).to(DEVICE) for y in ys]
+    plain = outputs(ops.ssd(**made, backend="triton"))
+    actual = torch.autograd.grad(ys, list(leaves_of(laid).values()), [LAYOUTS[layout](g) for g in given])
+    expected = torch.autograd.grad(plain, list(leaves_of(made).values()), given)
+    for a, e in zip([*ys, *actual], [*plain, *expected], strict=True):
+        assert torch.equal(a, e)
+
+
+@kernel
+def test_operators_as_pytorch_sees_them(generator: torch.Generator) -> None:
+    made = placed(small(5).make(generator), torch.float32)
+    tensors = [made[k] for k in ("x", "dt", "A", "B", "C", "D", "dt_bias")]
+    reset, initial = made["reset"], made["initial"]
+    operators = torch.ops.hybrid_lm_triton
+    rest = (True, 0.1, 2.0)
+    torch.library.opcheck(operators.ssd.default, (*tensors, *rest, initial, reset, 16))
+    plain = [v.detach() for v in tensors]
+    y, state = ops.ssd(**made, backend="triton")
+    gradients = (y.detach(), state.detach(), *plain, *rest, initial.detach(), reset, 16)
+    torch.library.opcheck(operators.ssd_backward.default, gradients)
+    one = [v[:, :1] if v.dim() > 1 else v for v in plain]
+    torch.library.opcheck(operators.ssd_step.default, (*one, *rest, state.detach(), reset[:, :1]))
+
+
+@kernel
+@pytest.mark.compile
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(dynamic: bool, generator: torch.Generator) -> None:
+    torch.compiler.reset()
+    made = small(19).make(generator)
+    compiled = torch.compile(ops.ssd, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    expected = run(ops.ssd, placed(made, torch.float64), backend="triton")
+    actual = run(compiled, placed(made, torch.float64), backend="triton")
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@kernel
+def test_autocast_is_kept_out(generator: torch.Generator) -> None:
+    made = small(19).make(generator)
+    expected = run(ops.ssd, placed(made, torch.float32), backend="triton")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        actual = run(ops.ssd, placed(made, torch.float32), backend="triton")
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@kernel
+def test_what_cannot_be_is_refused(generator: torch.Generator) -> None:
+    made = placed(small(5).make(generator), torch.float32)
+    y = ops.ssd(**made, backend="triton")[0]
+    (gx,) = torch.autograd.grad(y.sum(), made["x"], create_graph=True)
+    with pytest.raises(ValueError, match="no gradients of gradients"):
+        torch.autograd.grad((gx * y).sum(), made["x"])
+    empty = {k: v[:, :0] if k in ("x", "dt", "B", "C", "reset") else v for k, v in made.items()}
+    with pytest.raises(ValueError, match="ssd: x has 0 tokens; at least one is needed"):
+        ops.ssd(**empty, backend="triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on the CPU")
+def test_where_it_does_not_run_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match="ssd: backend 'triton' cannot run on cpu: Triton kernels run on NVIDIA"
+    ):
+        ops.select({"ssd": "triton"})
+    monkeypatch.setattr(triton_ssd, "find_spec", lambda name: None)
+    assert triton_ssd.why_not("cuda") == "triton is not installed: pip install triton"
+
+
+def test_auto_takes_it_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ssd, "_gpu", lambda: None)
+    monkeypatch.setattr(triton_ssd, "find_spec", lambda name: True)
+    assert ops.select("auto", "cuda")["ssd"] == "triton"
+    monkeypatch.setattr(triton_ssd, "_gpu", lambda: "PyTorch sees no GPU")
+    assert ops.select("auto", "cuda")["ssd"] == "torch"
