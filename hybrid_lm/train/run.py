@@ -24,6 +24,7 @@ from hybrid_lm.config.schema import RunConfig, TextData
 from hybrid_lm.data import TokenStore, is_store
 from hybrid_lm.files import check_space, disk, new_folder, replace_text
 from hybrid_lm.model.build import build_model, with_vocabulary
+from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.ops import backend as backends
 from hybrid_lm.train import checkpoint as checkpoints
@@ -209,7 +210,7 @@ def manifest(setup: Setup) -> dict[str, Any]:
         "identity": setup.identity,
         "architecture": setup.identity["architecture"],
         "parameters": sum(parameter.numel() for parameter in setup.model.parameters()),
-        "frozen_parameters": n_frozen(setup.model),
+        "frozen_parameters": n_frozen(setup),
         "data": {"fingerprint": setup.source.fingerprint, "description": setup.source.describe()},
         "machine": {
             "device": str(setup.device),
@@ -323,14 +324,17 @@ def describe(setup: Setup) -> str:
         by_backend.setdefault(backend, []).append(op)
     chosen = next(iter(by_backend)) if len(by_backend) == 1 else ""
     parts = chosen or "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in by_backend.items())
-    n, frozen = sum(parameter.numel() for parameter in setup.model.parameters()), n_frozen(setup.model)
+    n, frozen = sum(parameter.numel() for parameter in setup.model.parameters()), n_frozen(setup)
     told = f" ({frozen:,} of them frozen)" if frozen else ""
     return f"{n:,} parameters{told} on {setup.device}, backend {parts}"
 
 
-def n_frozen(model: HybridLM) -> int:
-    """Numbers in the parameters that are not trained."""
-    return sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+def n_frozen(setup: Setup) -> int:
+    """Numbers in the parameters at the places of `init_from.freeze`."""
+    wanted = setup.config.init_from
+    names = init_from.frozen(setup.config.model, wanted.freeze) if wanted else []
+    sizes = {entry.name: entry.parameter.numel() for entry in entries(setup.model)}
+    return sum(sizes[name] for name in names)
 
 
 def tell(console: Console, text: str) -> None:

@@ -308,3 +308,21 @@ def test_what_has_no_gradient_keeps_having_none(make):
     frozen = {name for name, x in model.named_parameters() if not x.requires_grad}
     at_0 = {name for name, _ in model.named_parameters() if name.startswith("layers.0.")}
     assert frozen == at_0 | {"layers.1.layer.router_correction"}
+
+
+def test_what_no_gradient_reaches_is_not_called_frozen(make_config, text, tmp_path, quiet):
+    experts = {"type": "moe", "n_experts": 4, "d_ff": 8, "router": "sigmoid"}
+    data = {
+        "model": {"d_model": 16, "pattern": "e f", "layers": {"e": experts, "f": {"type": "mlp", "d_ff": 8}}},
+        "data": {"kind": "text", "path": str(text), "seq_len": 16},
+        "train": {"steps": 1, "batch_size": 2, "eval_batches": 1, "device": "cpu"},
+    }
+    told = io.StringIO()
+    train(parse_config(data), tmp_path / "base", console=Console(file=told))
+    assert "frozen" not in told.getvalue()
+    del data["model"]
+    data["init_from"] = {"path": str(tmp_path / "base"), "freeze": ["e"]}
+    train(parse_config(data), tmp_path / "new", console=Console(file=told))
+    model = load_run(tmp_path / "new").model
+    frozen = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers.0."))
+    assert f"({frozen:,} of them frozen)" in told.getvalue()
