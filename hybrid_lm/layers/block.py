@@ -136,6 +136,11 @@ def seen_with(module: nn.Module, name: str, replaced: nn.Module) -> nn.Module:
     return view
 
 
+def parts(module: nn.Module) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """For each module inside, where it keeps its parts and what they are now."""
+    return [(part._modules, (*part._modules.values(),)) for part in module.modules()]
+
+
 class Shared(Layer):
     """One occurrence of a layer whose weights several occurrences use (Zamba, arXiv:2405.16712; Zamba2,
     arXiv:2411.15242).
@@ -155,7 +160,7 @@ class Shared(Layer):
         if per_call is not None and per_call.lora is not None:
             for entry in per_call.lora.on:
                 self.add_to(entry.split("+"), per_call.lora.rank)
-        self._parts, self._view = tuple(core.modules()), (self.make_view(),)
+        self._parts, self._view = parts(core), (self.make_view(),)
         square = per_call is not None and per_call.out_proj
         self.out_proj = Linear(core.d_out, core.d_out, kind="output") if square else None
 
@@ -182,12 +187,8 @@ class Shared(Layer):
     @property
     def view(self) -> nn.Module:
         """The core as this occurrence sees it, made anew when a part of it was replaced, as PEFT does."""
-        if self.additions:
-            parts = tuple(self.core.modules())
-            if len(parts) != len(self._parts) or any(
-                a is not b for a, b in zip(parts, self._parts, strict=True)
-            ):
-                self._parts, self._view = parts, (self.make_view(),)
+        if self.additions and any((*now.values(),) != then for now, then in self._parts):
+            self._parts, self._view = parts(self.core), (self.make_view(),)
         return self._view[0]
 
     @property

@@ -531,7 +531,10 @@ def test_remote_code_has_the_same_tools(shape, tmp_path, monkeypatch):
     theirs = importlib.import_module(f"{package.name}.modeling_hybrid_lm").HybridLMForCausalLM
     loaded = theirs.from_pretrained(tmp_path / "weights")
     assert type(loaded) is not type(model)
-    assert torch.equal(loaded(x, use_cache=False).logits, model(x, use_cache=False).logits)
+    with torch.no_grad():
+        here = model(x).logits
+        # Here it may be the native kernels that compute.
+        assert (loaded(x).logits - here).abs().max() <= bound(here)
     assert torch.equal(continued(loaded, x, cache_implementation="static"), continued(model, x))
     config = {"r": 2, "target_modules": "all-linear"}
     ours = lora_report(peft.get_peft_model(model, peft.LoraConfig(**config)))
