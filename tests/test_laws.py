@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+
 import pytest
 import torch
 
@@ -29,6 +32,14 @@ def test_layer_keeps_the_laws(name, variant):
     for law in EAGER_LAWS:
         verdict = law(judged)
         assert verdict.holds, verdict
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_no_layer_imports_another(name):
+    others = {LAYERS.place(other).partition(":")[0] for other in LAYERS} - {LAYERS[name].__module__}
+    tree = ast.parse(inspect.getsource(inspect.getmodule(LAYERS[name])))
+    found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not found & others
 
 
 @pytest.mark.compile

@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm.config.base import Positive
 from hybrid_lm.layers.base import Context, Layer, LayerOptions
-from hybrid_lm.layers.parts import Linear
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "sigmoid": torch.sigmoid,
-    "identity": lambda x: x,
-}
+from hybrid_lm.layers.parts import ACTIVATIONS, Linear
 
 
 class MLP(Layer):

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hybrid_lm.config.base import Positive
 from hybrid_lm.layers.base import Context, Layer, LayerOptions, Load, Module, Term
-from hybrid_lm.layers.mlp import ACTIVATIONS, MLP
-from hybrid_lm.layers.parts import Linear, zeros
+from hybrid_lm.layers.parts import ACTIVATIONS, Linear, zeros
 from hybrid_lm.ops import grouped_linear, linear
 from hybrid_lm.ops.precision import wide
 
@@ -149,10 +148,7 @@ class MoE(Layer):
         self.latent_in = Linear(d_in, width) if o.d_latent else None
         self.experts = Experts(width, o.inner(d_in), o.d_latent or self.d_out, o)
         self.latent_out = Linear(width, self.d_out, kind="output") if o.d_latent else None
-        self.shared = None
-        if o.d_shared:
-            common = MLP.Options(d_ff=o.d_shared, act=o.act, gated=o.gated)
-            self.shared = MLP(d_in, common, d_out=self.d_out)
+        self.shared = SharedExpert(d_in, self.d_out, o) if o.d_shared else None
         self.shared_gate = Linear(d_in, 1) if o.shared_gate else None
 
     def forward(self, x: Tensor, state: None, ctx: Context) -> tuple[Tensor, None]:
@@ -167,7 +163,7 @@ class MoE(Layer):
             y = self.latent_out(y, ctx)
         y = y.view(*x.shape[:2], self.d_out)
         if self.shared is not None:
-            common, _ = self.shared(x, None, ctx)
+            common = self.shared(x, ctx)
             if self.shared_gate is not None:
                 common = common * torch.sigmoid(self.shared_gate(x, ctx))
             y = y + common
@@ -298,3 +294,20 @@ class Experts(Module):
             return self.act(gate) * up
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+
+class SharedExpert(Module):
+    """The MLP that all tokens go through. Dai et al. 2024, arXiv:2401.06066, section 3.2."""
+
+    def __init__(self, d_in: int, d_out: int, o: MoE.Options):
+        super().__init__()
+        self.act = ACTIVATIONS[o.act]
+        self.gate_proj = Linear(d_in, o.d_shared) if o.gated else None
+        self.up_proj = Linear(d_in, o.d_shared)
+        self.down_proj = Linear(o.d_shared, d_out, kind="output")
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (b t d_in) -> (b t d_out)."""
+        up = self.up_proj(x, ctx)
+        hidden = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x, ctx)) * up
+        return self.down_proj(hidden, ctx)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybrid_lm.config.schema import BlockConfig
 from hybrid_lm.layers.base import Context, Init, Module
 from hybrid_lm.ops import linear, rms_norm
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+}
+"""Nonlinearities by the names that options have for them; relu2 is relu(x)^2 (Primer)."""
 
 
 def ones(x: Tensor, _: object) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf import convert
+from hybrid_lm.hf.adapters import lora_targets
 from hybrid_lm.hf.convert import export, from_hf
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.fields import ConversionError
@@ -148,3 +149,13 @@ def test_through_folders(name, tmp_path, monkeypatch):
     assert all(torch.equal(x, after[key]) for key, x in before.items())
     experts = [key for key in before if ".experts.3." in key]
     assert len(experts) == (0 if name == "gpt_oss" else 3 * theirs.config.num_hidden_layers)
+
+
+def test_the_expert_for_all_tokens_is_the_mixtures_own():
+    """Not one of the MLPs, to which an adapter for MLPs would go."""
+    layers = {"f": {"type": "mlp"}, "e": {"type": "moe", "n_experts": 4, "d_shared": 16}}
+    config = {"d_model": 16, "vocab_size": 9, "pattern": "f e", "layers": layers}
+    made = convert.to_hf(build_model(ModelConfig.model_validate(config)), format="remote")
+    shared = {f"model.layers.1.layer.shared.{name}_proj" for name in ("gate", "up", "down")}
+    assert set(lora_targets(made, "moe")) == shared
+    assert not shared & set(lora_targets(made, "mlp"))

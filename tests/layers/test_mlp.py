@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from hybrid_lm.config.schema import InitConfig
 from hybrid_lm.layers.base import Context
-from hybrid_lm.layers.mlp import ACTIVATIONS, MLP
+from hybrid_lm.layers.mlp import MLP
+from hybrid_lm.layers.parts import ACTIVATIONS
 from hybrid_lm.model.init import initialise
 
 WRITTEN_OUT = {
