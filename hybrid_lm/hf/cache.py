@@ -18,6 +18,8 @@ class HybridLMCache(Cache):
 
     # The memory grows in Python, so generate must not try to compile its steps.
     is_compileable = False  # pyright: ignore[reportAssignmentType] - a property there
+    # A recurrence cannot be run backwards; the property of transformers asks its own layers, and none object.
+    is_croppable = False  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, max_tokens: int | None = None, fixed: bool = False):
         super().__init__(layers=[])
@@ -62,6 +64,11 @@ class HybridLMCache(Cache):
         return self.state
 
     @property
+    def is_initialized(self) -> bool:
+        """Whether anything was read."""
+        return self.state is not None
+
+    @property
     def batch_size(self) -> int:
         """Rows, or -1 before the first call."""
         return -1 if self.state is None else self.state.position.shape[0]
@@ -85,7 +92,7 @@ class HybridLMCache(Cache):
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: ValueError. A recurrence cannot be run backwards."""
+        """Not possible: ValueError."""
         raise ValueError(
             "the memory of a recurrent layer cannot be cropped; keep a copy of an earlier cache instead"
         )

@@ -189,6 +189,11 @@ def test_rows_of_a_cache_can_be_chosen():
     hf, x = to_hf(build(HYBRID)), tokens(2, 6)
     with torch.no_grad():
         cache = hf(x).past_key_values
+        assert (HybridLMCache().is_initialized, cache.is_initialized, cache.is_croppable) == (
+            False,
+            True,
+            False,
+        )
         cache.batch_repeat_interleave(2)
         assert cache.batch_size == 4
         cache.batch_select_indices(torch.tensor([3, 0]))
