@@ -71,13 +71,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(MaybeTensor gy
   Inputs inputs(x, gy);
   inputs.fill(a, device, weight, bias, silu, initial, reset);
   const int64_t b = a.batch, t = a.tokens, d = a.width, w = a.taps;
-  view_of(gy, "gy", {b, t, d});
-  inputs.gy = in_rows(inputs.gy, inputs.type);
+  view_of(gy, "gy", {b, t, d}), view_of(gstate, "gstate", {b, w - 1, d});
+  inputs.gy = in_rows(inputs.gy, inputs.type), gstate = in_rows(gstate, inputs.type);
   a.gy = view_of(inputs.gy, "gy", {b, t, d}), a.gstate = view_of(gstate, "gstate", {b, w - 1, d});
   Tensor gx = new_tensor(x, {b, t, d}, inputs.type), gweight = new_tensor(weight, {d, w}, weight.scalar_type());
   Tensor gbias = bias ? new_tensor(*bias, {d}, bias->scalar_type()) : new_tensor(x, {0}, x.scalar_type());
-  Tensor ginitial =
-      initial ? new_tensor(*initial, {b, w - 1, d}, initial->scalar_type()) : new_tensor(x, {0}, x.scalar_type());
+  Tensor ginitial = new_tensor(x, initial ? std::vector<int64_t>{b, w - 1, d} : std::vector<int64_t>{0}, inputs.type);
   a.gx = view_of(gx, "gx", {b, t, d}), a.gweight = view_of(gweight, "gweight", {d, w});
   if (bias) a.gbias = view_of(gbias, "gbias", {d});
   if (initial) a.ginitial = view_of(ginitial, "ginitial", {b, w - 1, d});
@@ -85,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(MaybeTensor gy
   Tensor parts = new_tensor(x, {count}, ScalarType::Float);
   a.parts = view_of(parts, "parts", {count});
   check(conv_backward(a));
-  return {as_type(gx, x.scalar_type()), gweight, gbias, ginitial};
+  return {as_type(gx, x.scalar_type()), gweight, gbias, as_type(ginitial, initial ? initial->scalar_type() : inputs.type)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hybrid_lm_native, HYBRID_LM_KEY, m) {

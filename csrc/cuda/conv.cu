@@ -23,52 +23,55 @@ HYBRID_LM_DEVICE void conv_state(const ConvArgs& a, const ConvPlace& at, int64_t
   }
 }
 
-template <class T, int VEC, int TAPS, int GROUP>
+// TAPS tokens from t on.
+template <bool PLAIN, class T, int VEC, int TAPS>
+HYBRID_LM_DEVICE void conv_tokens(const ConvArgs& a, const ConvPlace& at, const ConvWeights<VEC, TAPS>& w,
+                                  float (&ring)[TAPS][VEC], ConvNext<T, VEC, TAPS>& next, typename T::Bits*& y_at,
+                                  int64_t t, int& closed) {
+  HYBRID_LM_UNROLL
+  for (int i = 0; i < TAPS; ++i, y_at += a.y.stride[1]) {
+    const bool there = PLAIN || t + i < at.end;
+    if (!PLAIN && there && conv_reset(a, at, t + i)) closed = TAPS - 1 + i;
+    next.template take<PLAIN>(i, ring[(TAPS - 1 + i) % TAPS]);
+    float y[VEC];
+    conv_sum<PLAIN>(w, ring, i, closed, y);
+    if (a.silu) {
+      HYBRID_LM_UNROLL
+      for (int v = 0; v < VEC; ++v) y[v] = silu<Thread>(y[v]);
+    }
+    ConvRow<T, VEC> bits;
+    bits.narrow(y);
+    bits.store(y_at, PLAIN ? VEC : there ? at.count : 0);
+  }
+  closed -= TAPS;
+}
+
+template <class T, int VEC, int TAPS>
 __global__ void __launch_bounds__(CONV_THREADS, 4) conv_kernel(const ConvArgs a, const ConvGrid grid) {
   const int64_t thread = int64_t(blockIdx.x) * CONV_THREADS + threadIdx.x, walk = thread / grid.vectors;
   if (walk >= a.batch * grid.stretches) return;
   const ConvPlace at(a, grid.length, VEC, walk / grid.stretches, walk % grid.stretches, thread % grid.vectors);
   const ConvWeights<VEC, TAPS> w(a, at);
-  float row[TAPS - 1 + GROUP][VEC];
-  int closed = conv_before<T, VEC, TAPS>(a, at, w.first, row);
-  ConvGroup<T, VEC, GROUP> next;
-  next.fetch(a.x, at, at.begin, at.end);
+  float ring[TAPS][VEC];
+  int closed = conv_before<T, VEC, TAPS>(a, at, w.first, ring);
+  ConvNext<T, VEC, TAPS> next(a.x, at, at.end);
+  auto* y_at = conv_at<T>(a.y, at, at.begin);
   int64_t t = at.begin;
-  for (; t < at.end; t += GROUP) {
-    HYBRID_LM_UNROLL
-    for (int i = 0; i < GROUP; ++i) next.at[i].wide(row[TAPS - 1 + i]);
-    next.fetch(a.x, at, t + GROUP, at.end);
-    HYBRID_LM_UNROLL
-    for (int i = 0; i < GROUP; ++i) {
-      const bool there = t + i < at.end;
-      if (there && conv_reset(a, at, t + i)) closed = TAPS - 1 + i;
-      float y[VEC];
-      conv_sum(w, row, i, closed, y);
-      if (a.silu) {
-        HYBRID_LM_UNROLL
-        for (int v = 0; v < VEC; ++v) y[v] = silu<Thread>(y[v]);
-      }
-      ConvRow<T, VEC> bits;
-      bits.narrow(y);
-      bits.store(conv_at<T>(a.y, at, t + i), there ? at.count : 0);
-    }
-    HYBRID_LM_UNROLL
-    for (int j = 0; j < TAPS - 1; ++j) {
-      HYBRID_LM_UNROLL
-      for (int v = 0; v < VEC; ++v) row[j][v] = row[j + GROUP][v];
-    }
-    closed -= GROUP;
+  for (; t < at.end; t += TAPS) {
+    if (conv_plain<VEC, TAPS>(a, at, w.first, closed, t, at.end))
+      conv_tokens<true>(a, at, w, ring, next, y_at, t, closed);
+    else
+      conv_tokens<false>(a, at, w, ring, next, y_at, t, closed);
   }
   if (a.state && at.end == a.tokens) conv_state<T, VEC>(a, at, t - (TAPS - 1) + closed);
 }
 
 template <class T, int VEC, int TAPS>
 const char* start(const ConvArgs& a) {
-  constexpr int GROUP = VEC * TAPS > 16 ? 2 : 4;
   const ConvGrid grid(a.batch, a.tokens, a.width, VEC);
   const int64_t blocks = (a.batch * grid.stretches * grid.vectors + CONV_THREADS - 1) / CONV_THREADS;
   if (blocks > 0x7fffffff) return "causal_conv1d: more than 2^31 blocks of channels and tokens";
-  return launch(conv_kernel<T, VEC, TAPS, GROUP>, dim3{unsigned(blocks), 1, 1}, CONV_THREADS, 0, a.stream, a, grid);
+  return launch(conv_kernel<T, VEC, TAPS>, dim3{unsigned(blocks), 1, 1}, CONV_THREADS, 0, a.stream, a, grid);
 }
 
 template <class T, int VEC, int TAPS>
@@ -83,8 +86,9 @@ const char* conv(const ConvArgs& a) {
   if (!a.batch || !a.width) return nullptr;
   return with_conv_type(a.x.type, [&](auto type) {
     using T = decltype(type);
-    // Accesses of 16 bytes; of 8 taps, registers leave room for 4 channels.
-    return a.taps > 4 ? start_in_vectors<T, 4, 8>(a) : start_in_vectors<T, 16 / sizeof(typename T::Bits), 4>(a);
+    // Accesses of 16 bytes; with 8 taps in registers there is room for half as many channels.
+    constexpr int VEC = 16 / sizeof(typename T::Bits);
+    return a.taps > 4 ? start_in_vectors<T, VEC / 2, 8>(a) : start_in_vectors<T, VEC, 4>(a);
   });
 }
 

@@ -1,12 +1,15 @@
 // What the forward and the backward pass of the causal convolution share: who does what, and how rows come in.
 //
 // A thread owns VEC neighbouring channels, which are one access to memory, for a stretch of tokens. It walks down the
-// stretch GROUP tokens at a time with the last TAPS - 1 inputs in registers, and the next group's on their way. The
+// stretch TAPS tokens at a time with the last TAPS inputs in a ring of registers, and the next TAPS on their way. The
 // kernels exist for 4 and for 8 taps; a narrower filter leaves out the first ones.
 //
-// Rows of a group are numbered from the first that its first token sees: row i + k is what tap k of token i multiplies.
-// A reset at token i closes all rows below i + TAPS - 1: `closed` is the number of the last document's first row.
+// Rows are numbered from the first that a group's first token sees: row i + k is what tap k of token i multiplies, and
+// lies in the ring at (i + k) % TAPS. A reset at token i closes all rows below i + TAPS - 1: `closed` is the number of
+// the last document's first row.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/conv.h"
 #include "cuda/device.cuh"
@@ -46,38 +49,57 @@ struct ConvPlace {
   }
 };
 
-// VEC neighbouring numbers, as they lie in memory.
+// VEC neighbouring numbers, as they lie in memory; two of two bytes in a word, so that they take one register.
 template <class T, int VEC>
 struct alignas(VEC * sizeof(typename T::Bits)) ConvRow {
-  typename T::Bits at[VEC];
+  using Bits = typename T::Bits;
+  static constexpr int PER = VEC > 1 && sizeof(Bits) == 2 ? 2 : 1;
+  std::conditional_t<PER == 2, uint32_t, Bits> words[VEC / PER];
 
-  HYBRID_LM_DEVICE void load(const typename T::Bits* from, int count) {
+  HYBRID_LM_DEVICE Bits bits(int v) const {
+    if constexpr (PER == 2)
+      return Bits(words[v / 2] >> v % 2 * 16);
+    else
+      return words[v];
+  }
+
+  HYBRID_LM_DEVICE void load(const Bits* from, int count) {
     if (count == VEC) {
       *this = *reinterpret_cast<const ConvRow*>(from);
-    } else {
-      HYBRID_LM_UNROLL
-      for (int v = 0; v < VEC; ++v) at[v] = v < count ? from[v] : typename T::Bits(0);
+      return;
+    }
+    HYBRID_LM_UNROLL
+    for (int w = 0; w < VEC / PER; ++w) {
+      if constexpr (PER == 2)
+        words[w] = (2 * w < count ? uint32_t(from[2 * w]) : 0u) | (2 * w + 1 < count ? uint32_t(from[2 * w + 1]) << 16 : 0u);
+      else
+        words[w] = w < count ? from[w] : Bits(0);
     }
   }
 
-  HYBRID_LM_DEVICE void store(typename T::Bits* to, int count) const {
+  HYBRID_LM_DEVICE void store(Bits* to, int count) const {
     if (count == VEC) {
       *reinterpret_cast<ConvRow*>(to) = *this;
-    } else {
-      HYBRID_LM_UNROLL
-      for (int v = 0; v < VEC; ++v)
-        if (v < count) to[v] = at[v];
+      return;
     }
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v)
+      if (v < count) to[v] = bits(v);
   }
 
   HYBRID_LM_DEVICE void wide(float (&to)[VEC]) const {
     HYBRID_LM_UNROLL
-    for (int v = 0; v < VEC; ++v) to[v] = T::wide(at[v]);
+    for (int v = 0; v < VEC; ++v) to[v] = T::wide(bits(v));
   }
 
   HYBRID_LM_DEVICE void narrow(const float (&from)[VEC]) {
     HYBRID_LM_UNROLL
-    for (int v = 0; v < VEC; ++v) at[v] = T::narrow(from[v]);
+    for (int w = 0; w < VEC / PER; ++w) {
+      if constexpr (PER == 2)
+        words[w] = uint32_t(T::narrow(from[2 * w])) | uint32_t(T::narrow(from[2 * w + 1])) << 16;
+      else
+        words[w] = T::narrow(from[w]);
+    }
   }
 };
 
@@ -131,53 +153,85 @@ struct ConvWeights {
 };
 
 // The rows before a stretch's first token. Returns `closed`.
-template <class T, int VEC, int TAPS, int ROWS>
-HYBRID_LM_DEVICE int conv_before(const ConvArgs& a, const ConvPlace& at, int first, float (&row)[ROWS][VEC]) {
+template <class T, int VEC, int TAPS>
+HYBRID_LM_DEVICE int conv_before(const ConvArgs& a, const ConvPlace& at, int first, float (&ring)[TAPS][VEC]) {
   int closed = 0;
   HYBRID_LM_UNROLL
-  for (int j = 0; j < TAPS - 1; ++j) {
+  for (int j = 0; j < TAPS; ++j) {
     const int64_t token = at.begin - (TAPS - 1) + j;
     HYBRID_LM_UNROLL
-    for (int v = 0; v < VEC; ++v) row[j][v] = 0.0f;
-    if (j < first) continue;
+    for (int v = 0; v < VEC; ++v) ring[j][v] = 0.0f;
+    if (j < first || j == TAPS - 1) continue;
     if (token >= 0) {
       ConvRow<T, VEC> bits;
       bits.load(conv_at<T>(a.x, at, token), at.count);
-      bits.wide(row[j]);
+      bits.wide(ring[j]);
       if (conv_reset(a, at, token)) closed = j;
     } else if (a.initial && token + a.taps - 1 >= 0) {
-      HYBRID_LM_UNROLL
-      for (int v = 0; v < VEC; ++v)
-        if (v < at.count) row[j][v] = read(a.initial, conv_small(a.initial, at, token + a.taps - 1, v));
+      conv_numbers(a.initial, conv_small(a.initial, at, token + a.taps - 1, 0), a.initial.stride[2], at.count, ring[j]);
     }
   }
   return closed;
 }
 
-// A group of rows on its way; zeros and no resets from `stop` on.
-template <class T, int VEC, int GROUP>
-struct ConvGroup {
-  ConvRow<T, VEC> at[GROUP];
+// The next rows of a tensor (b t d), on their way: zeros from the token `stop` on.
+template <class T, int VEC, int TAPS>
+struct ConvNext {
+  ConvRow<T, VEC> at[TAPS];
+  const typename T::Bits* here;
+  int64_t step, left;
+  int count;
 
-  HYBRID_LM_DEVICE void fetch(const View& from, const ConvPlace& place, int64_t token, int64_t stop) {
+  HYBRID_LM_DEVICE ConvNext(const View& from, const ConvPlace& place, int64_t stop)
+      : here(conv_at<T>(from, place, place.begin)),
+        step(from.stride[1]),
+        left(from ? stop - place.begin : 0),
+        count(place.count) {
     HYBRID_LM_UNROLL
-    for (int i = 0; i < GROUP; ++i)
-      at[i].load(conv_at<T>(from, place, token + i), from && token + i < stop ? place.count : 0);
+    for (int i = 0; i < TAPS; ++i) fetch(i);
+  }
+
+  template <bool PLAIN = false>
+  HYBRID_LM_DEVICE void fetch(int i) {
+    if constexpr (PLAIN)
+      at[i].load(here, VEC);
+    else
+      at[i].load(here, left > 0 ? count : 0);
+    here += step, --left;
+  }
+
+  // Row i of the ring as numbers; the one that comes TAPS tokens later sets out.
+  template <bool PLAIN>
+  HYBRID_LM_DEVICE void take(int i, float (&to)[VEC]) {
+    at[i].wide(to);
+    fetch<PLAIN>(i);
   }
 };
 
+// Whether nothing is special about TAPS tokens from t on, and about those that set out meanwhile: all are there, with
+// all channels and taps, and in one document. Most are such, and for them the loops ask nothing. (Not of eight taps, where
+// there are no registers for two ways to go on.)
+template <int VEC, int TAPS>
+HYBRID_LM_DEVICE bool conv_plain(const ConvArgs& a, const ConvPlace& at, int first, int closed, int64_t t, int64_t stop) {
+  if (TAPS > 4 || t + 2 * TAPS > stop || at.count != VEC || first != 0 || closed > 0) return false;
+  bool any = false;
+  HYBRID_LM_UNROLL
+  for (int i = 0; i < TAPS; ++i) any = any || conv_reset(a, at, t + i);
+  return !any;
+}
+
 // The sum of a token, before the activation.
-template <int VEC, int TAPS, int ROWS>
-HYBRID_LM_DEVICE void conv_sum(const ConvWeights<VEC, TAPS>& w, const float (&row)[ROWS][VEC], int i, int closed,
+template <bool PLAIN, int VEC, int TAPS>
+HYBRID_LM_DEVICE void conv_sum(const ConvWeights<VEC, TAPS>& w, const float (&ring)[TAPS][VEC], int i, int closed,
                                float (&sum)[VEC]) {
   HYBRID_LM_UNROLL
   for (int v = 0; v < VEC; ++v) sum[v] = w.bias[v];
   HYBRID_LM_UNROLL
   for (int k = 0; k < TAPS; ++k) {
     // Not a factor of 0: what stands before the filter or the document may be infinite.
-    if (k < w.first || i + k < closed) continue;
+    if (!PLAIN && (k < w.first || i + k < closed)) continue;
     HYBRID_LM_UNROLL
-    for (int v = 0; v < VEC; ++v) sum[v] += w.tap[k][v] * row[i + k][v];
+    for (int v = 0; v < VEC; ++v) sum[v] += w.tap[k][v] * ring[(i + k) % TAPS][v];
   }
 }
 

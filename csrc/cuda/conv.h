@@ -17,7 +17,7 @@ struct ConvArgs {
 };
 
 struct ConvGradArgs : ConvArgs {
-  View gy, gstate;  // may be absent: zeros
+  View gy, gstate;  // may be absent: zeros; gstate and ginitial are of x's type, with neighbours side by side
   View gx, gweight, gbias, ginitial;
   View parts;  // float, `conv_parts` numbers: sums of the weights' gradients that blocks have
 };

@@ -28,25 +28,67 @@ HYBRID_LM_DEVICE void conv_finish(const ConvGradArgs& a, const ConvPlace& at, in
                                   float (&g)[VEC]) {
   const int64_t before = token + a.taps - 1, kept = before - a.tokens;  // its place in `initial`, and in the state
   if (token >= at.end || before < 0 || (token < at.begin && at.begin > 0)) return;
+  ConvRow<T, VEC> bits;
   if (a.gstate && kept >= 0 && open) {
+    float more[VEC];
+    bits.load(conv_at<T>(a.gstate, at, kept), at.count);
+    bits.wide(more);
     HYBRID_LM_UNROLL
-    for (int v = 0; v < VEC; ++v)
-      if (v < at.count) g[v] += read(a.gstate, conv_small(a.gstate, at, kept, v));
+    for (int v = 0; v < VEC; ++v) g[v] += more[v];
   }
-  if (token >= 0) {
-    ConvRow<T, VEC> bits;
-    bits.narrow(g);
-    bits.store(conv_at<T>(a.gx, at, token), at.count);
-  } else if (a.ginitial) {
-    HYBRID_LM_UNROLL
-    for (int v = 0; v < VEC; ++v)
-      if (v < at.count) write(a.ginitial, conv_small(a.ginitial, at, before, v), g[v]);
-  }
+  const bool own = token >= 0;
+  bits.narrow(g);
+  bits.store(conv_at<T>(own ? a.gx : a.ginitial, at, own ? token : before), own || a.ginitial ? at.count : 0);
 }
 
-template <class T, int VEC, int TAPS, int GROUP>
+// TAPS tokens from t on.
+template <bool PLAIN, class T, int VEC, int TAPS>
+HYBRID_LM_DEVICE void conv_tokens(const ConvGradArgs& a, const ConvPlace& at, const ConvWeights<VEC, TAPS>& w,
+                                  float (&ring)[TAPS][VEC], float (&gring)[TAPS][VEC], float (&gtap)[TAPS + 1][VEC],
+                                  ConvNext<T, VEC, TAPS>& x_next, ConvNext<T, VEC, TAPS>& gy_next, int64_t t,
+                                  int64_t stop, int& closed) {
+  HYBRID_LM_UNROLL
+  for (int i = 0; i < TAPS; ++i) {
+    if (!PLAIN && t + i < stop && conv_reset(a, at, t + i)) closed = TAPS - 1 + i;
+    float g[VEC];
+    gy_next.template take<PLAIN>(i, g);
+    x_next.template take<PLAIN>(i, ring[(TAPS - 1 + i) % TAPS]);
+    if (a.silu) {
+      float sum[VEC];
+      conv_sum<PLAIN>(w, ring, i, closed, sum);
+      HYBRID_LM_UNROLL
+      for (int v = 0; v < VEC; ++v) g[v] *= silu_slope<Thread>(sum[v], sigmoid<Thread>(sum[v]));
+    }
+    const bool own = PLAIN || t + i < at.end;
+    HYBRID_LM_UNROLL
+    for (int k = 0; k < TAPS; ++k) {
+      if (!PLAIN && (k < w.first || i + k < closed)) continue;
+      HYBRID_LM_UNROLL
+      for (int v = 0; v < VEC; ++v) {
+        gring[(i + k) % TAPS][v] += w.tap[k][v] * g[v];
+        if (own) gtap[k][v] += g[v] * ring[(i + k) % TAPS][v];
+      }
+    }
+    if (own) {
+      HYBRID_LM_UNROLL
+      for (int v = 0; v < VEC; ++v) gtap[TAPS][v] += g[v];
+    }
+    const int64_t row = t - (TAPS - 1) + i;
+    if constexpr (PLAIN) {
+      ConvRow<T, VEC> bits;
+      bits.narrow(gring[i]);
+      bits.store(conv_at<T>(a.gx, at, row), VEC);
+    } else {
+      conv_finish<T>(a, at, row, i >= closed, gring[i]);
+    }
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v) gring[i][v] = 0.0f;
+  }
+  closed -= TAPS;
+}
+
+template <class T, int VEC, int TAPS>
 __global__ void __launch_bounds__(CONV_THREADS, 3) conv_backward_kernel(const ConvGradArgs a, const ConvBlocks<VEC> blocks) {
-  constexpr int ROWS = TAPS - 1 + GROUP;
   const int64_t tile = int64_t(blockIdx.x) % blocks.tiles, part = int64_t(blockIdx.x) / blocks.tiles;
   const int lane = threadIdx.x % CONV_LANES, warp = threadIdx.x / CONV_LANES;
   const ConvPlace at(a, blocks.grid.length, VEC, part / blocks.groups, part % blocks.groups * CONV_WARPS + warp,
@@ -59,62 +101,26 @@ __global__ void __launch_bounds__(CONV_THREADS, 3) conv_backward_kernel(const Co
   }
   if (at.count) {
     const ConvWeights<VEC, TAPS> w(a, at);
-    float row[ROWS][VEC], grow[ROWS][VEC];
-    int closed = conv_before<T, VEC, TAPS>(a, at, w.first, row);
+    float ring[TAPS][VEC], gring[TAPS][VEC];  // inputs, and what has come together of their gradients
+    int closed = conv_before<T, VEC, TAPS>(a, at, w.first, ring);
     HYBRID_LM_UNROLL
-    for (int j = 0; j < ROWS; ++j) {
+    for (int j = 0; j < TAPS; ++j) {
       HYBRID_LM_UNROLL
-      for (int v = 0; v < VEC; ++v) grow[j][v] = 0.0f;
+      for (int v = 0; v < VEC; ++v) gring[j][v] = 0.0f;
     }
     const int64_t stop = at.end + a.taps - 1 < a.tokens ? at.end + a.taps - 1 : a.tokens;
-    ConvGroup<T, VEC, GROUP> x_next, gy_next;
-    x_next.fetch(a.x, at, at.begin, stop);
-    gy_next.fetch(a.gy, at, at.begin, stop);
+    ConvNext<T, VEC, TAPS> x_next(a.x, at, stop), gy_next(a.gy, at, stop);
     int64_t t = at.begin;
-    for (; t < stop; t += GROUP) {
-      float gy[GROUP][VEC];
-      HYBRID_LM_UNROLL
-      for (int i = 0; i < GROUP; ++i) x_next.at[i].wide(row[TAPS - 1 + i]), gy_next.at[i].wide(gy[i]);
-      x_next.fetch(a.x, at, t + GROUP, stop);
-      gy_next.fetch(a.gy, at, t + GROUP, stop);
-      HYBRID_LM_UNROLL
-      for (int i = 0; i < GROUP; ++i) {
-        if (t + i < stop && conv_reset(a, at, t + i)) closed = TAPS - 1 + i;
-        if (a.silu) {
-          float sum[VEC];
-          conv_sum(w, row, i, closed, sum);
-          HYBRID_LM_UNROLL
-          for (int v = 0; v < VEC; ++v) gy[i][v] *= silu_slope<Thread>(sum[v], sigmoid<Thread>(sum[v]));
-        }
-        const bool own = t + i < at.end;
-        HYBRID_LM_UNROLL
-        for (int k = 0; k < TAPS; ++k) {
-          if (k < w.first || i + k < closed) continue;
-          HYBRID_LM_UNROLL
-          for (int v = 0; v < VEC; ++v) {
-            grow[i + k][v] += w.tap[k][v] * gy[i][v];
-            if (own) gtap[k][v] += gy[i][v] * row[i + k][v];
-          }
-        }
-        if (own) {
-          HYBRID_LM_UNROLL
-          for (int v = 0; v < VEC; ++v) gtap[TAPS][v] += gy[i][v];
-        }
-      }
-      HYBRID_LM_UNROLL
-      for (int j = 0; j < GROUP; ++j) conv_finish<T>(a, at, t - (TAPS - 1) + j, j >= closed, grow[j]);
-      HYBRID_LM_UNROLL
-      for (int j = 0; j < ROWS; ++j) {
-        HYBRID_LM_UNROLL
-        for (int v = 0; v < VEC; ++v) {
-          if (j < TAPS - 1) row[j][v] = row[j + GROUP][v];
-          grow[j][v] = j < TAPS - 1 ? grow[j + GROUP][v] : 0.0f;
-        }
-      }
-      closed -= GROUP;
+    for (; t < stop; t += TAPS) {
+      // The rows that these tokens finish must be the stretch's, and the tokens too.
+      const bool own = a.gy && t - (TAPS - 1) >= at.begin && t + TAPS <= at.end;
+      if (own && conv_plain<VEC, TAPS>(a, at, w.first, closed, t, stop))
+        conv_tokens<true>(a, at, w, ring, gring, gtap, x_next, gy_next, t, stop, closed);
+      else
+        conv_tokens<false>(a, at, w, ring, gring, gtap, x_next, gy_next, t, stop, closed);
     }
     HYBRID_LM_UNROLL
-    for (int j = 0; j < TAPS - 1; ++j) conv_finish<T>(a, at, t - (TAPS - 1) + j, j >= closed, grow[j]);
+    for (int j = 0; j < TAPS - 1; ++j) conv_finish<T>(a, at, t - (TAPS - 1) + j, j >= closed, gring[j]);
   }
   auto* shared = reinterpret_cast<float*>(shared_memory());  // [warp][tap][lane][channel]
   constexpr int TILE = CONV_LANES * VEC;
@@ -159,7 +165,6 @@ __global__ void __launch_bounds__(CONV_THREADS) conv_weights_kernel(const ConvGr
 
 template <class T, int VEC, int TAPS>
 const char* start(const ConvGradArgs& a) {
-  constexpr int GROUP = VEC * TAPS > 16 ? 1 : 2;
   const ConvBlocks<VEC> blocks(a);
   const int64_t count = blocks.parts(a.batch), grid = count * blocks.tiles;
   const int64_t tiles = (a.width + CONV_LANES - 1) / CONV_LANES;
@@ -167,7 +172,7 @@ const char* start(const ConvGradArgs& a) {
   const size_t bytes = sizeof(float) * CONV_WARPS * (TAPS + 1) * CONV_LANES * VEC;
   // Without a sequence there are no parts, and the sums are zeros.
   const char* error = count == 0 ? nullptr
-                                 : launch(conv_backward_kernel<T, VEC, TAPS, GROUP>, dim3{unsigned(grid), 1, 1},
+                                 : launch(conv_backward_kernel<T, VEC, TAPS>, dim3{unsigned(grid), 1, 1},
                                           CONV_THREADS, bytes, a.stream, a, blocks);
   if (error) return error;
   return launch(conv_weights_kernel, dim3{unsigned(tiles * (a.taps + 1)), 1, 1}, CONV_THREADS,
@@ -176,8 +181,8 @@ const char* start(const ConvGradArgs& a) {
 
 template <class T, int VEC, int TAPS>
 const char* start_in_vectors(const ConvGradArgs& a) {
-  const bool aligned =
-      conv_aligned<T>(a, a.x, VEC) && conv_aligned<T>(a, a.gy, VEC) && conv_aligned<T>(a, a.gx, VEC);
+  bool aligned = true;
+  for (const View* v : {&a.x, &a.gy, &a.gx, &a.gstate, &a.ginitial}) aligned = aligned && conv_aligned<T>(a, *v, VEC);
   return aligned ? start<T, VEC, TAPS>(a) : start<T, 1, TAPS>(a);
 }
 
@@ -187,8 +192,9 @@ const char* conv_backward(const ConvGradArgs& a) {
   if (!a.width) return nullptr;
   return with_conv_type(a.x.type, [&](auto type) {
     using T = decltype(type);
-    // More channels would be more registers than leave room for other threads.
-    return a.taps > 4 ? start_in_vectors<T, 2, 8>(a) : start_in_vectors<T, 4, 4>(a);
+    // Accesses of 8 bytes: more channels would be more registers than leave room for other threads.
+    constexpr int VEC = 8 / sizeof(typename T::Bits);
+    return a.taps > 4 ? start_in_vectors<T, 2, 8>(a) : start_in_vectors<T, VEC, 4>(a);
   });
 }
 
