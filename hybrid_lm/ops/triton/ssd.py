@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -101,6 +102,11 @@ def _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset
         ys.append(sum(parts[1:], parts[0]).to(x.dtype))
         states.append(torch.cat(row, 3))
     return torch.cat(ys, 3), torch.cat(states, 2)
+
+
+def kernels() -> Any:
+    """The module of the kernels, which imports triton."""
+    return import_module("hybrid_lm.ops.triton.ssd_kernels")
 
 
 class Shape(NamedTuple):
@@ -195,13 +201,11 @@ def _walk(
     s: Shape, types: dict[str, Any], options: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """The state at the end of a walk (b h p n), and into `kept` (b h spans n p) that at every span."""
-    from hybrid_lm.ops.triton.ssd_kernels import states_kernel
-
     end = A.new_empty((s.b, s.h, s.p, s.n), dtype=wide(v))
 
     def launch(choice: Choice) -> None:
         BN, BP = min(choice.BN, s.BN), min(choice.BP, s.BP)
-        states_kernel[(s.b * s.h, -(-s.p // BP), -(-s.n // BN))](
+        kernels().states_kernel[(s.b * s.h, -(-s.p // BP), -(-s.n // BN))](
             v, u, dt, A, dt_bias, _flag(reset, v), start, kept, end,
             s.t, s.h, s.p, s.n, s.heads, kept.shape[2], span,
             *v.stride()[:3], *u.stride()[:3], *dt.stride(),
@@ -220,8 +224,6 @@ def _ssd(
     chunk: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (b t h p) and the final state (b h p n)."""
-    from hybrid_lm.ops.triton.ssd_kernels import outputs_kernel
-
     s, types = _shape(x, B, chunk), _types(x, B, C)
     x, B, C = _rows(x), _rows(B), _rows(C)
     A, D, dt_bias, initial = _packed(A, D, dt_bias, initial)
@@ -239,7 +241,7 @@ def _ssd(
 
     def launch(choice: Choice) -> None:
         BP = min(choice.BP, s.BP)
-        outputs_kernel[(s.b * s.h, -(-s.p // BP), -(-s.chunks // span))](
+        kernels().outputs_kernel[(s.b * s.h, -(-s.p // BP), -(-s.chunks // span))](
             x, dt, A, B, C, D, dt_bias, _flag(reset, x), start, y, state,
             s.t, s.h, s.p, s.n, s.heads, -(-s.chunks // span), span,
             *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
@@ -264,8 +266,6 @@ def _ssd_backward(
     initial: Tensor | None, reset: Tensor | None, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, dt_bias and the initial state; empty for what is absent."""
-    from hybrid_lm.ops.triton.ssd_kernels import gradients_kernel
-
     s, types = _backward_shape(x, B, chunk), _types(x, B, C)
     gy = x.new_zeros(x.shape) if gy is None else gy
     gy, x, B, C = _rows(gy), _rows(x), _rows(B), _rows(C)
@@ -283,7 +283,7 @@ def _ssd_backward(
     sums = x.new_empty((3, s.b, s.chunks, s.h), dtype=wide(x))
 
     def launch(choice: Choice) -> None:
-        gradients_kernel[(s.chunks, s.g * parts, s.b)](
+        kernels().gradients_kernel[(s.chunks, s.g * parts, s.b)](
             gy, x, dt, A, B, C, D, dt_bias, _flag(reset, x), before, after, gx, gdt, gB, gC, sums,
             s.t, s.h, s.p, s.n, s.heads, share,
             *gy.stride()[:3], *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
@@ -324,8 +324,6 @@ def _step(
     dt_softplus: bool, dt_low: float, dt_high: float, state: Tensor, reset: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """One token: y (b 1 h p); the state (b h p n) is updated in place."""
-    from hybrid_lm.ops.triton.ssd_kernels import step_kernel
-
     s = _shape(x, B, 1)
     x, B, C = _rows(x), _rows(B), _rows(C)
     A, D, dt_bias = _packed(A, D, dt_bias)
@@ -333,7 +331,7 @@ def _step(
 
     def launch(choice: Choice) -> None:
         BP = min(choice.BP, s.BP)
-        step_kernel[(s.b * s.h, -(-s.p // BP))](
+        kernels().step_kernel[(s.b * s.h, -(-s.p // BP))](
             x, dt, A, B, C, D, dt_bias, _flag(reset, x), state, y,
             s.h, s.p, s.n, s.heads,
             *(m for v in (x, dt, B, C) for m in (v.stride(0), v.stride(2))),

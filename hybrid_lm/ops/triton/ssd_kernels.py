@@ -60,10 +60,11 @@ def last(v, Q: tl.constexpr):
 @triton.jit
 def documents(reset, base, rows, inside, RESET: tl.constexpr, Q: tl.constexpr):
     """For every token of a chunk how many documents have started in it, and whether one starts here."""
-    starts = tl.zeros((Q,), tl.int32)
     if RESET:
         starts = tl.load(reset + base + rows, mask=inside, other=0).to(tl.int32)
-    return tl.cumsum(starts, 0), starts
+        return tl.cumsum(starts, 0), starts
+    none = tl.zeros((Q,), tl.int32)
+    return none, none
 
 
 @triton.jit
@@ -76,12 +77,15 @@ def edges(high, low, document, Q: tl.constexpr):
 
 
 @triton.jit
-def decays(high, low, document, Q: tl.constexpr):
+def decays(high, low, document, Q: tl.constexpr, OPERAND: tl.constexpr):
     """L (i j): the decay from token j to token i; 0 above the diagonal and across documents."""
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     seen = (i >= j) & (document[:, None] == document[None, :])
-    exponent = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    return tl.where(seen, tl.exp2(tl.where(seen, exponent, 0.0)), 0.0)
+    exponent = high[:, None] - high[None, :]
+    # where the products are coarser than this, registers are worth more
+    if OPERAND != tl.bfloat16:  # noqa: SIM300
+        exponent += low[:, None] - low[None, :]
+    return tl.exp2(tl.where(seen, exponent, float("-inf")))
 
 
 @triton.jit
@@ -203,11 +207,11 @@ def outputs_kernel(
         first, second = sums(d, a, Q)
         document, _ = documents(RESET, b * t, rows, inside, HAS_RESET, Q)
         from_start, to_end, whole = edges(first, second, document, Q)
-        # 1. what the state says to the chunk, and the chunk to itself
-        y = tl.dot(c, S.to(OPERAND), input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
+        # 1. what the chunk says to itself, and the state to it
         M = tl.dot(c, tl.trans(u), input_precision=PRECISION, out_dtype=WIDE)
-        M = M * decays(first, second, document, Q) * d[None, :]
-        y = tl.dot(M.to(OPERAND), x.to(OPERAND), y, input_precision=PRECISION, out_dtype=WIDE)
+        M = (M * decays(first, second, document, Q, OPERAND) * d[None, :]).to(OPERAND)
+        y = tl.dot(c, S.to(OPERAND), input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
+        y = tl.dot(M, x.to(OPERAND), y, input_precision=PRECISION, out_dtype=WIDE)
         if HAS_D:
             y += tl.load(D + head).to(WIDE) * x.to(WIDE)
         tl.store(Y + begin * h * p + y_tile, y.to(Y.dtype.element_ty), mask=wanted)
@@ -266,7 +270,7 @@ def gradients_kernel(
         d, slope = step_sizes(d, inside, bias, SOFTPLUS, LIMITS, LOW, HIGH)
         first, second = sums(d, a, Q)
         from_start, to_end, whole = edges(first, second, document, Q)
-        L = decays(first, second, document, Q)
+        L = decays(first, second, document, Q, OPERAND)
         x = tl.load(
             X + b * xb + begin * xt + head * xh + q[:, None] * xt + ps[None, :], mask=wanted, other=0.0
         )
@@ -277,38 +281,39 @@ def gradients_kernel(
         at = ((b * h + head) * chunks + k) * n * p
         S = tl.load(STATES + at + s_tile, mask=tile, other=0.0).to(OPERAND)
         gS = tl.load(GSTATES + at + s_tile, mask=tile, other=0.0).to(OPERAND)
-        # 1. x through the chunk and through the state after it
-        M = CB * L
-        through = tl.dot(u, gS, input_precision=PRECISION, out_dtype=WIDE) * to_end[:, None]
-        gX = tl.dot(tl.trans(M.to(OPERAND)), gy, through, input_precision=PRECISION, out_dtype=WIDE)
-        gx = gX * d[:, None]
+        kept = tl.sum(S.to(WIDE) * gS.to(WIDE)) * whole
+        sum_gy_x = tl.sum(gy.to(WIDE) * x.to(WIDE))
+        # 1. C.B^T, and what the decays inside the chunk get: s_i enters y_i with +, y of later tokens with -;
+        # the two parts of the diagonal cancel, and are left out rather than to rounding
+        gM = tl.dot(gy, tl.trans(x), input_precision=PRECISION, out_dtype=WIDE) * L
+        gCB += gM * d[None, :]
+        gM *= CB
+        said = tl.sum(gM, 0)
+        gM = tl.where(below, gM * d[None, :], 0.0)
+        gs = tl.sum(gM, 1) - tl.sum(gM, 0)
+        # 2. x through the state after the chunk, and through the chunk
+        gX = tl.dot(u, gS, input_precision=PRECISION, out_dtype=WIDE) * to_end[:, None]
+        from_state = tl.sum(gX * x.to(WIDE), 1)
+        gX = tl.dot(tl.trans((CB * L).to(OPERAND)), gy, gX, input_precision=PRECISION, out_dtype=WIDE)
+        gX *= d[:, None]
         if HAS_D:
-            gx += tl.load(D + head).to(WIDE) * gy.to(WIDE)
+            gX += tl.load(D + head).to(WIDE) * gy.to(WIDE)
         place = GX + ((b * t + begin) * h + head) * p + q[:, None] * (h * p) + ps[None, :]
-        tl.store(place, gx.to(GX.dtype.element_ty), mask=wanted)
-        # 2. C.B^T, and the state's part in B and C
-        gM = tl.dot(gy, tl.trans(x), input_precision=PRECISION, out_dtype=WIDE)
-        gCB += gM * L * d[None, :]
+        tl.store(place, gX.to(GX.dtype.element_ty), mask=wanted)
+        # 3. the state's part in B and C; s_i enters S' of this chunk with -, and of the one before with +
         asked = tl.dot(gy, tl.trans(S), input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
         gC += asked
+        gs += tl.sum(asked * c.to(WIDE), 1) - from_state * d
         given = tl.dot(x, tl.trans(gS), input_precision=PRECISION, out_dtype=WIDE)
         gB += given * (d * to_end)[:, None]
-        # 3. the decays: s_i enters y_i and S' with +, y of later tokens and S' with -; the two parts of the
-        # diagonal cancel, and are left out rather than to rounding
-        said = gM * M
-        W = tl.where(below, said * d[None, :], 0.0)
-        kept_here = tl.sum(through * x.to(WIDE), 1)
-        to_state = kept_here * d
-        kept = tl.sum(S.to(WIDE) * gS.to(WIDE)) * whole
-        gs = tl.sum(W, 1) - tl.sum(W, 0) - to_state + tl.sum(asked * c.to(WIDE), 1)
-        gs += tl.where(q == Q - 1, tl.sum(to_state, 0) + kept, 0.0)
+        gs += tl.where(q == Q - 1, tl.sum(from_state * d, 0) + kept, 0.0)
         gdecay = tl.where(starts != 0, 0.0, tl.cumsum(gs, 0, reverse=True))
-        gdt = (gdecay * a + tl.sum(said, 0) + kept_here) * slope
+        gdt = (gdecay * a + said + from_state) * slope
         tl.store(GDT + (b * t + rows) * h + head, gdt.to(GDT.dtype.element_ty), mask=inside)
         size = tl.num_programs(2).to(tl.int64) * chunks * h
         place = SUMS + (b * chunks + k) * h + head
         tl.store(place, tl.sum(gdecay * d, 0))
-        tl.store(place + size, tl.sum(gy.to(WIDE) * x.to(WIDE)))
+        tl.store(place + size, sum_gy_x)
         tl.store(place + 2 * size, tl.sum(gdt, 0))
     coarse = gCB.to(OPERAND)
     gC = tl.dot(coarse, u, gC, input_precision=PRECISION, out_dtype=WIDE)
