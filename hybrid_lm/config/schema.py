@@ -283,6 +283,9 @@ class TrainConfig(Config):
     """Backend of all ops, or of each: `{ssd: torch}`."""
     compile: bool = False
     """Run the model through torch.compile."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and compute the rest again for the gradients: memory for time. Chen et
+    al. 2016, arXiv:1604.06174."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Part of the target spread over the vocabulary."""
     z_loss: Rate = 0.0

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.checkpoint import checkpoint
 
 from hybrid_lm.data import Batch
 from hybrid_lm.files import DiskError
+from hybrid_lm.layers.block import Residual
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train import loop, optim
 from hybrid_lm.train import run as runs
@@ -282,6 +284,21 @@ def test_accuracy_is_of_the_labelled_positions(make_probe, tmp_path):
     assert scored == 5 * 4
     assert found["accuracy/n_pairs=4,seq_len=32"] == right / scored
     assert validate(model, source, stop=lambda: True) == {}
+
+
+def test_layers_that_are_computed_again_train_the_same(make_config, tmp_path, quiet, monkeypatch):
+    seen = []
+    again = functools.partial(checkpoint, use_reentrant=False)
+    watched = staticmethod(lambda *args: seen.append(1) or again(*args))
+    monkeypatch.setattr(Residual, "_gradient_checkpointing_func", watched)
+    options = (*DROPOUT, "train.steps=3")
+    train(make_config(*options, pattern="m a f"), tmp_path / "kept", console=quiet)
+    assert not seen
+    more = "train.gradient_checkpointing=true"
+    train(make_config(*options, more, pattern="m a f"), tmp_path / "again", console=quiet)
+    assert len(seen) == 3 * 2 * 3  # layers, passes of a step, steps
+    # The same operations on the same numbers, dropout included.
+    assert_equal(content(tmp_path / "kept", 3), content(tmp_path / "again", 3))
 
 
 def test_bf16_is_float32_but_for_its_roundings(make_config, tmp_path):
