@@ -38,15 +38,17 @@ __global__ void __launch_bounds__(THREADS) scan_kernel(const ScanArgs a) {
   const Bits* z_at = a.z ? scan_at<T>(a.z, at.row, own, at.channel) : nullptr;
   Bits* y_at = scan_at<T>(a.y, at.row, own, at.channel);
   ScanOwned<T, Shape> x_next, dt_next, z_next{};
-  auto fetch = [&](int64_t left) {
-    x_next.fetch(x_at, a.x.stride[1], left);
-    dt_next.fetch(dt_at, a.dt.stride[1], left);
-    x_at += GROUP * a.x.stride[1], dt_at += GROUP * a.dt.stride[1];
+  const int x_step = int(a.x.stride[1]), dt_step = int(a.dt.stride[1]), z_step = int(a.z.stride[1]);
+  const int y_step = int(a.y.stride[1]);
+  auto fetch = [&](int left) {
+    x_next.fetch(x_at, x_step, left);
+    dt_next.fetch(dt_at, dt_step, left);
+    x_at += GROUP * x_step, dt_at += GROUP * dt_step;
     if (!z_at) return;
-    z_next.fetch(z_at, a.z.stride[1], left);
-    z_at += GROUP * a.z.stride[1];
+    z_next.fetch(z_at, z_step, left);
+    z_at += GROUP * z_step;
   };
-  fetch(a.tokens - own);
+  fetch(scan_left<Shape>(a.tokens - own));
 
   ScanRows<T, Shape, Shape::STEPS> rows;
   rows.fetch(a, at.row, 0);
@@ -58,8 +60,9 @@ __global__ void __launch_bounds__(THREADS) scan_kernel(const ScanArgs a) {
     __syncthreads();
     rows.fetch(a, at.row, start + Shape::STEPS);
     for (int g = 0; g < Shape::STEPS; g += GROUP) {
-      const int64_t token = start + g, left = a.tokens - token - own;
+      const int64_t token = start + g;
       if (token >= a.tokens) break;
+      const int left = scan_left<Shape>(a.tokens - token - own);
       if (a.before && token % SCAN_CHUNK == 0 && at.there) {
         auto* kept = static_cast<float*>(a.before.data) +
                      (token / SCAN_CHUNK * a.batch + at.row) * a.states * a.width + at.channel;
@@ -75,8 +78,8 @@ __global__ void __launch_bounds__(THREADS) scan_kernel(const ScanArgs a) {
         x[i] = T::wide(x_next.at[i]), dt[i] = T::wide(dt_next.at[i]);
         z[i] = z_at ? T::wide(z_next.at[i]) : 0.0f;
       }
-      fetch(left - GROUP);
-      scan_steps(dt, bias, a.dt_softplus, left);
+      fetch(scan_left<Shape>(a.tokens - token - own - GROUP));
+      scan_steps(dt, bias, a.dt_softplus);
       HYBRID_LM_UNROLL
       for (int i = 0; i < OWN; ++i) input[i] = dt[i] * x[i];
 
@@ -84,7 +87,9 @@ __global__ void __launch_bounds__(THREADS) scan_kernel(const ScanArgs a) {
       HYBRID_LM_UNROLL
       for (int i = 0; i < GROUP; ++i) {
         const float step = scan_owners<Shape>(dt, i), in = scan_owners<Shape>(input, i);
-        if (stage.reset[g + i]) {
+        y[i] = 0.0f;
+        if (const int mark = stage.mark[g + i]) {
+          if (mark == BEYOND) continue;
           HYBRID_LM_UNROLL
           for (int k = 0; k < STATES; ++k) h[k] = 0.0f;
         }
@@ -99,10 +104,10 @@ __global__ void __launch_bounds__(THREADS) scan_kernel(const ScanArgs a) {
         for (int i = 0; i < OWN; ++i) {
           float out = y[i] + D * x[i];
           if (z_at) out *= silu<Thread>(z[i]);
-          if (i < left) y_at[i * a.y.stride[1]] = T::narrow(out);
+          if (i < left) y_at[i * y_step] = T::narrow(out);
         }
       }
-      y_at += GROUP * a.y.stride[1];
+      y_at += GROUP * y_step;
     }
   }
   if (!at.there) return;

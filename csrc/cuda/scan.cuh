@@ -47,16 +47,25 @@ template <int STEPS, int WIDTH>
 struct alignas(16) ScanStage {
   float B[STEPS][WIDTH];
   float C[STEPS][WIDTH];
-  int reset[STEPS];
+  int mark[STEPS];
 };
 
-// The rows of B and C, and the resets, on their way from memory to a stage; 0 beyond the last token and state.
+// What a token may be marked as: a document's first; or beyond the last one, where no state may be touched: even with a
+// step of 0 the decay is NaN for a rate of infinity.
+constexpr int FIRST = 1, BEYOND = 2;
+
+HYBRID_LM_DEVICE int mark_of(const ScanArgs& a, int64_t row, int64_t t) {
+  if (t >= a.tokens) return BEYOND;
+  return a.reset && static_cast<const uint8_t*>(a.reset.data)[row * a.reset.stride[0] + t * a.reset.stride[1]] ? FIRST : 0;
+}
+
+// The rows of B and C, and the marks, on their way from memory to a stage; 0 beyond the last token and state.
 template <class T, class Shape, int STEPS>
 struct ScanRows {
   static constexpr int COUNT = STEPS * Shape::WIDTH / Shape::THREADS;
   static_assert(COUNT * Shape::THREADS == STEPS * Shape::WIDTH && STEPS <= Shape::THREADS);
   typename T::Bits B[COUNT], C[COUNT];
-  int reset;
+  int mark;
 
   HYBRID_LM_DEVICE void fetch(const ScanArgs& a, int64_t row, int64_t start) {
     using Bits = typename T::Bits;
@@ -70,10 +79,7 @@ struct ScanRows {
       B[i] = there ? from_B[t * a.B.stride[1] + n] : Bits(0);
       C[i] = there ? from_C[t * a.C.stride[1] + n] : Bits(0);
     }
-    const int64_t t = start + threadIdx.x;
-    reset = 0;
-    if (a.reset && threadIdx.x < STEPS && t < a.tokens)
-      reset = static_cast<const uint8_t*>(a.reset.data)[row * a.reset.stride[0] + t * a.reset.stride[1]];
+    mark = threadIdx.x < STEPS ? mark_of(a, row, start + threadIdx.x) : 0;
   }
 
   HYBRID_LM_DEVICE void put(ScanStage<STEPS, Shape::WIDTH>& to) const {
@@ -83,7 +89,7 @@ struct ScanRows {
       (&to.B[0][0])[at] = T::wide(B[i]);
       (&to.C[0][0])[at] = T::wide(C[i]);
     }
-    if (threadIdx.x < STEPS) to.reset[threadIdx.x] = reset;
+    if (threadIdx.x < STEPS) to.mark[threadIdx.x] = mark;
   }
 };
 
@@ -108,34 +114,39 @@ HYBRID_LM_DEVICE void scan_rates(const ScanArgs& a, const ScanPlace<Shape>& at, 
   }
 }
 
-// The numbers of one of the tensors (b t d), for the tokens that this lane owns, on their way.
+// The numbers of one of the tensors (b t d), for the tokens that this lane owns, on their way. Between groups the place
+// is kept, in 64 bits, and inside of one 32 are enough (`in_rows` of bind.h).
 template <class T, class Shape>
 struct ScanOwned {
   typename T::Bits at[Shape::OWN];
 
   // `here` points at the first of the tokens; `left` of them are there.
-  HYBRID_LM_DEVICE void fetch(const typename T::Bits* here, int64_t stride, int64_t left) {
+  HYBRID_LM_DEVICE void fetch(const typename T::Bits* here, int stride, int left) {
     HYBRID_LM_UNROLL
     for (int i = 0; i < Shape::OWN; ++i) at[i] = i < left ? here[i * stride] : typename T::Bits(0);
   }
 };
+
+// The tokens that are left, as far as a group goes.
+template <class Shape>
+HYBRID_LM_DEVICE int scan_left(int64_t left) {
+  return left < Shape::GROUP ? int(left) : Shape::GROUP;
+}
 
 template <class T>
 HYBRID_LM_DEVICE typename T::Bits* scan_at(const View& v, int64_t row, int64_t token, int64_t channel) {
   return static_cast<typename T::Bits*>(v.data) + row * v.stride[0] + token * v.stride[1] + channel;
 }
 
-// The step of a token, after the bias and softplus; beyond the last token 0, which leaves the states as they are.
+// The steps of tokens, after the bias and softplus.
 template <int COUNT>
-HYBRID_LM_DEVICE void scan_steps(float (&dt)[COUNT], float bias, bool with_softplus, int64_t left) {
+HYBRID_LM_DEVICE void scan_steps(float (&dt)[COUNT], float bias, bool with_softplus) {
   HYBRID_LM_UNROLL
   for (int i = 0; i < COUNT; ++i) dt[i] += bias;
   if (with_softplus) {
     HYBRID_LM_UNROLL
     for (int i = 0; i < COUNT; ++i) dt[i] = softplus<Thread>(dt[i]);
   }
-  HYBRID_LM_UNROLL
-  for (int i = 0; i < COUNT; ++i) dt[i] = i < left ? dt[i] : 0.0f;
 }
 
 // The number that the owner of token i of a group has of it.

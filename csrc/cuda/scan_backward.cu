@@ -12,8 +12,10 @@
 namespace hybrid_lm {
 namespace {
 
-template <int LANES, int STATES, int THREADS, int GROUP>
+// BLOCKS: how many shall run on a processor at the same time, which limits the registers of each.
+template <int LANES, int STATES, int THREADS, int GROUP, int BLOCKS_>
 struct Shape : ScanLanes<LANES, STATES, THREADS, GROUP> {
+  static constexpr int BLOCKS = BLOCKS_;
   static constexpr int WIDTH = LANES * STATES;
   static constexpr int GROUPS = int(SCAN_CHUNK) / GROUP;  // of a stretch
   static constexpr int NEAR = 32 / LANES;                 // channels of a warp
@@ -23,7 +25,7 @@ struct Shape : ScanLanes<LANES, STATES, THREADS, GROUP> {
 template <class Shape>
 struct Shared {
   ScanStage<int(SCAN_CHUNK), Shape::WIDTH> stage;
-  float starts[Shape::GROUPS - 1][Shape::STATES][Shape::THREADS];         // the states before each group but the first
+  float starts[Shape::GROUPS][Shape::STATES][Shape::THREADS];             // the states before each group
   float sums[2][Shape::WARPS][Shape::GROUP][2][Shape::WIDTH];             // of B's and C's gradients, by turns
 };
 
@@ -49,18 +51,30 @@ inline Parts parts_of(const ScanGradArgs& a, int64_t channels) {
   return p;
 }
 
-// What a lane has of the tokens that it owns, of one group.
+// What a lane has of the tokens that it owns, of one group, on its way; the place moves from group to group.
 template <class T, class Shape>
 struct Owned {
+  const typename T::Bits *x_at, *dt_at, *z_at, *gy_at;
   ScanOwned<T, Shape> x, dt, z, gy;
 
-  HYBRID_LM_DEVICE void fetch(const ScanGradArgs& a, const ScanPlace<Shape>& at, int64_t token, bool all) {
-    const int64_t left = a.tokens - token;
-    x.fetch(scan_at<T>(a.x, at.row, token, at.channel), a.x.stride[1], left);
-    dt.fetch(scan_at<T>(a.dt, at.row, token, at.channel), a.dt.stride[1], left);
+  HYBRID_LM_DEVICE Owned(const ScanGradArgs& a, const ScanPlace<Shape>& at, int64_t token)
+      : x_at(scan_at<T>(a.x, at.row, token, at.channel)), dt_at(scan_at<T>(a.dt, at.row, token, at.channel)),
+        z_at(a.z ? scan_at<T>(a.z, at.row, token, at.channel) : nullptr),
+        gy_at(a.gy ? scan_at<T>(a.gy, at.row, token, at.channel) : nullptr), x{}, dt{}, z{}, gy{} {}
+
+  // Two of the four are enough for the states.
+  HYBRID_LM_DEVICE void fetch(const ScanGradArgs& a, int left, bool all) {
+    x.fetch(x_at, int(a.x.stride[1]), left);
+    dt.fetch(dt_at, int(a.dt.stride[1]), left);
     if (!all) return;
-    if (a.z) z.fetch(scan_at<T>(a.z, at.row, token, at.channel), a.z.stride[1], left);
-    if (a.gy) gy.fetch(scan_at<T>(a.gy, at.row, token, at.channel), a.gy.stride[1], left);
+    if (z_at) z.fetch(z_at, int(a.z.stride[1]), left);
+    if (gy_at) gy.fetch(gy_at, int(a.gy.stride[1]), left);
+  }
+
+  HYBRID_LM_DEVICE void move(const ScanGradArgs& a, int tokens) {
+    x_at += tokens * int(a.x.stride[1]), dt_at += tokens * int(a.dt.stride[1]);
+    if (z_at) z_at += tokens * int(a.z.stride[1]);
+    if (gy_at) gy_at += tokens * int(a.gy.stride[1]);
   }
 };
 
@@ -78,8 +92,7 @@ HYBRID_LM_DEVICE void fill(const ScanArgs& a, int64_t row, int64_t start,
     (&stage.C[0][0])[at] = there ? T::wide(from_C[t * a.C.stride[1] + n]) : 0.0f;
   }
   for (int t = int(threadIdx.x); t < int(SCAN_CHUNK); t += Shape::THREADS)
-    stage.reset[t] = a.reset && start + t < a.tokens && *(static_cast<const uint8_t*>(a.reset.data) +
-                                                          row * a.reset.stride[0] + (start + t) * a.reset.stride[1]);
+    stage.mark[t] = mark_of(a, row, start + t);
 }
 
 // One token forward: the state and the decay into it.
@@ -96,7 +109,9 @@ HYBRID_LM_DEVICE void forward(float (&h)[Shape::STATES], float (&decay)[Shape::S
 }
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::THREADS) scan_backward_kernel(const ScanGradArgs a, const Parts parts) {
+__global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
+    scan_backward_kernel(const ScanGradArgs a, const Parts parts) {
+  using Bits = typename T::Bits;
   constexpr int GROUP = Shape::GROUP, OWN = Shape::OWN, STATES = Shape::STATES, LANES = Shape::LANES;
   constexpr int PAIR = GROUP < 2 ? GROUP : 2;  // tokens whose gradients of B and C are summed over a warp together
   constexpr int VALUES = PAIR * 2 * STATES, KEPT = VALUES > Shape::NEAR ? VALUES / Shape::NEAR : 1;
@@ -139,41 +154,46 @@ __global__ void __launch_bounds__(Shape::THREADS) scan_backward_kernel(const Sca
       HYBRID_LM_UNROLL
       for (int k = 0; k < STATES; ++k) {
         const int64_t n = Shape::state(k, at.lane);
-        first[k] = h[k] = n < a.states ? kept[n * a.width] : 0.0f;
+        h[k] = n < a.states ? kept[n * a.width] : 0.0f;
       }
-      Owned<T, Shape> next;
-      next.fetch(a, at, start + own, false);
+      Owned<T, Shape> next(a, at, start + own);
+      const auto left_of = [&](int g) { return scan_left<Shape>(a.tokens - start - g * GROUP - own); };
+      next.fetch(a, left_of(0), false);
       for (int g = 0; g + 1 < groups; ++g) {
+        HYBRID_LM_UNROLL
+        for (int k = 0; k < STATES; ++k) shared.starts[g][k][threadIdx.x] = h[k];
         float dt[OWN], input[OWN];
         HYBRID_LM_UNROLL
         for (int i = 0; i < OWN; ++i) dt[i] = T::wide(next.dt.at[i]), input[i] = T::wide(next.x.at[i]);
-        next.fetch(a, at, start + (g + 1) * GROUP + own, false);
-        scan_steps(dt, bias, a.dt_softplus, OWN);
+        next.move(a, GROUP);
+        next.fetch(a, left_of(g + 1), g + 2 == groups);
+        scan_steps(dt, bias, a.dt_softplus);
         HYBRID_LM_UNROLL
         for (int i = 0; i < OWN; ++i) input[i] *= dt[i];
         HYBRID_LM_UNROLL
         for (int i = 0; i < GROUP; ++i) {
           const int t = g * GROUP + i;
           const float step = scan_owners<Shape>(dt, i), in = scan_owners<Shape>(input, i);
-          if (stage.reset[t]) {
+          if (stage.mark[t]) {
             HYBRID_LM_UNROLL
             for (int k = 0; k < STATES; ++k) h[k] = 0.0f;
           }
           forward<Shape>(h, decay, A, step, in, stage.B[t], at.lane);
         }
-        HYBRID_LM_UNROLL
-        for (int k = 0; k < STATES; ++k) shared.starts[g][k][threadIdx.x] = h[k];
       }
+      HYBRID_LM_UNROLL
+      for (int k = 0; k < STATES; ++k) shared.starts[groups - 1][k][threadIdx.x] = h[k];
 
-      next.fetch(a, at, start + (groups - 1) * GROUP + own, true);
+      if (groups == 1) next.fetch(a, left_of(0), true);
       for (int g = groups - 1; g >= 0; --g) {
-        const int64_t token = start + g * GROUP + own;
+        const int left = left_of(g);
         // 2. what there is once for a token and channel
         float x[OWN], dt[OWN], input[OWN], gout[OWN], slope[OWN], gate[OWN];
         HYBRID_LM_UNROLL
         for (int i = 0; i < OWN; ++i) {
           x[i] = T::wide(next.x.at[i]), dt[i] = T::wide(next.dt.at[i]);
-          gout[i] = a.gy ? T::wide(next.gy.at[i]) : 0.0f;
+          gout[i] = a.gy && at.there ? T::wide(next.gy.at[i]) : 0.0f;
+          if (!at.there) x[i] = 0.0f;
           slope[i] = a.dt_softplus ? sigmoid<Thread>(dt[i] + bias) : 1.0f;
           gate[i] = 0.0f;
           if (a.z) {
@@ -182,31 +202,40 @@ __global__ void __launch_bounds__(Shape::THREADS) scan_backward_kernel(const Sca
             gout[i] *= z * s;
           }
         }
-        if (g > 0) next.fetch(a, at, token - GROUP, true);
-        scan_steps(dt, bias, a.dt_softplus, a.tokens - token);
+        if (g > 0) {
+          next.move(a, -GROUP);
+          next.fetch(a, GROUP, true);
+        }
+        scan_steps(dt, bias, a.dt_softplus);
         HYBRID_LM_UNROLL
-        for (int i = 0; i < OWN; ++i) input[i] = dt[i] * x[i];
+        for (int i = 0; i < OWN; ++i) {
+          // Beyond the end there is a step of what the bias makes of 0.
+          if (i >= left) dt[i] = 0.0f;
+          input[i] = dt[i] * x[i];
+        }
 
         // 3. the group's decays and states once more
         float decays[GROUP][STATES], states[GROUP][STATES], y[GROUP];
         HYBRID_LM_UNROLL
-        for (int k = 0; k < STATES; ++k) {
-          if (g > 0) first[k] = shared.starts[g - 1][k][threadIdx.x];
-          else first[k] = Shape::state(k, at.lane) < a.states ? kept[Shape::state(k, at.lane) * a.width] : 0.0f;
-          h[k] = first[k];
-        }
+        for (int k = 0; k < STATES; ++k) h[k] = first[k] = shared.starts[g][k][threadIdx.x];
         HYBRID_LM_UNROLL
         for (int i = 0; i < GROUP; ++i) {
           const int t = g * GROUP + i;
           const float step = scan_owners<Shape>(dt, i), in = scan_owners<Shape>(input, i);
-          if (stage.reset[t]) {
+          y[i] = 0.0f;
+          if (const int mark = stage.mark[t]) {
+            // Then nothing of the token is written, and the way back leaves what later tokens ask as it is.
+            if (mark == BEYOND) {
+              HYBRID_LM_UNROLL
+              for (int k = 0; k < STATES; ++k) decays[i][k] = 1.0f, states[i][k] = 0.0f;
+              continue;
+            }
             HYBRID_LM_UNROLL
             for (int k = 0; k < STATES; ++k) h[k] = 0.0f;
           }
           forward<Shape>(h, decays[i], A, step, in, stage.B[t], at.lane);
           float C[STATES];
           scan_states<Shape>(stage.C[t], at.lane, C);
-          y[i] = 0.0f;
           HYBRID_LM_UNROLL
           for (int k = 0; k < STATES; ++k) states[i][k] = h[k], y[i] += h[k] * C[k];
         }
@@ -221,7 +250,6 @@ __global__ void __launch_bounds__(Shape::THREADS) scan_backward_kernel(const Sca
             const int i = pair + j, t = g * GROUP + i;
             const float step = scan_owners<Shape>(dt, i), in = scan_owners<Shape>(input, i);
             const float out = scan_owners<Shape>(gout, i);
-            const bool reset = stage.reset[t];
             float B[STATES], C[STATES];
             scan_states<Shape>(stage.B[t], at.lane, B);
             scan_states<Shape>(stage.C[t], at.lane, C);
@@ -229,20 +257,23 @@ __global__ void __launch_bounds__(Shape::THREADS) scan_backward_kernel(const Sca
             HYBRID_LM_UNROLL
             for (int k = 0; k < STATES; ++k) {
               const float gh = out * C[k] + later[k];
-              sums[(j * 2 + 0) * STATES + k] = at.there ? gh * in : 0.0f;
-              sums[(j * 2 + 1) * STATES + k] = at.there ? states[i][k] * out : 0.0f;
+              sums[(j * 2 + 0) * STATES + k] = gh * in;
+              sums[(j * 2 + 1) * STATES + k] = states[i][k] * out;
               ginput[i] += gh * B[k];
               later[k] = gh * decays[i][k];
-              // decay = exp2(step A), and the state that the token finds enters as decay * state
-              const float found = reset ? 0.0f : i > 0 ? states[i > 0 ? i - 1 : 0][k] : first[k];
-              const float exponent = later[k] * found;
-              rate[k] += exponent * step;
-              gstep[i] += exponent * A[k];
             }
-            // A document's first token asks nothing of what stands before it.
-            if (reset) {
+            // A document's first token finds a state of zeros, and asks nothing of what stands before it.
+            if (stage.mark[t] == FIRST) {
               HYBRID_LM_UNROLL
               for (int k = 0; k < STATES; ++k) later[k] = 0.0f;
+            } else {
+              HYBRID_LM_UNROLL
+              for (int k = 0; k < STATES; ++k) {
+                // decay = exp2(step A), and the state that the token finds enters as decay * state
+                const float exponent = later[k] * (i > 0 ? states[i > 0 ? i - 1 : 0][k] : first[k]);
+                rate[k] += exponent * step;
+                gstep[i] += exponent * A[k];
+              }
             }
           }
           sum_over_lanes<VALUES, Shape::NEAR, LANES>(sums, near);
@@ -258,27 +289,32 @@ __global__ void __launch_bounds__(Shape::THREADS) scan_backward_kernel(const Sca
         sum_over_lanes<GROUP, LANES>(ginput, at.lane);
         sum_over_lanes<GROUP, LANES>(gstep, at.lane);
         if (a.gz) sum_over_lanes<GROUP, LANES>(y, at.lane);
+        // The gradients are new tensors without gaps: one place for all three.
+        const int64_t place = ((row * a.tokens + start + g * GROUP + own) * a.width + at.channel);
+        Bits *gx_at = static_cast<Bits*>(a.gx.data) + place, *gdt_at = static_cast<Bits*>(a.gdt.data) + place;
+        Bits* gz_at = static_cast<Bits*>(a.gz.data) + place;
         HYBRID_LM_UNROLL
         for (int i = 0; i < OWN; ++i) {
-          if (!writes || token + i >= a.tokens) continue;
+          if (!writes || i >= left) continue;
           const float of_dt = (gstep[i] * float(1 / LOG2E) + ginput[i] * x[i]) * slope[i];
           gD += gout[i] * x[i];
           gbias += of_dt;
-          *scan_at<T>(a.gx, row, token + i, at.channel) = T::narrow(ginput[i] * dt[i] + gout[i] * D);
-          *scan_at<T>(a.gdt, row, token + i, at.channel) = T::narrow(of_dt);
-          if (a.gz) *scan_at<T>(a.gz, row, token + i, at.channel) = T::narrow(gate[i] * (y[i] + D * x[i]));
+          gx_at[i * int(a.width)] = T::narrow(ginput[i] * dt[i] + gout[i] * D);
+          gdt_at[i * int(a.width)] = T::narrow(of_dt);
+          if (a.gz) gz_at[i * int(a.width)] = T::narrow(gate[i] * (y[i] + D * x[i]));
         }
 
         // 6. of B and C, over the block
         __syncthreads();
+        const int64_t rows_at = part * parts.tokens + (row * a.tokens + start + g * GROUP) * a.states;
+        const int rows_left = scan_left<Shape>(a.tokens - start - g * GROUP), states_there = int(a.states);
         for (int value = int(threadIdx.x); value < GROUP * 2 * Shape::WIDTH; value += Shape::THREADS) {
           const int n = value % Shape::WIDTH, which = value / Shape::WIDTH % 2, i = value / (2 * Shape::WIDTH);
-          const int64_t t = start + g * GROUP + i;
-          if (t >= a.tokens || n >= a.states) continue;
+          if (i >= rows_left || n >= states_there) continue;
           float sum = 0.0f;
           HYBRID_LM_UNROLL
           for (int w = 0; w < Shape::WARPS; ++w) sum += shared.sums[turn][w][i][which][n];
-          float* to = (which ? parts.gC : parts.gB) + part * parts.tokens + (row * a.tokens + t) * a.states + n;
+          float* to = (which ? parts.gC : parts.gB) + rows_at + (i * states_there + n);
           *to = block == part ? sum : *to + sum;
         }
         // The next group writes into the other half, which all have read before this group's barrier.
@@ -343,11 +379,11 @@ inline Sum sum_of(const View& to, const float* parts, int64_t count, int64_t a, 
 // As in scan.cu; with fewer states for a lane, whose traces are in registers too.
 template <class F>
 auto with_shape(const ScanGradArgs& a, const F& f) {
-  if (a.states > 128) return f(Shape<32, 8, 64, 4>());
-  if (a.states > 64) return f(Shape<32, 4, 128, 8>());
-  if (a.states > 16) return f(Shape<16, 4, 256, 8>());
-  if (a.batch * a.width < SCAN_ENOUGH / 2) return f(Shape<8, 2, 256, 8>());
-  return f(Shape<4, 4, 256, 8>());
+  if (a.states > 128) return f(Shape<32, 8, 64, 4, 1>());
+  if (a.states > 64) return f(Shape<32, 4, 128, 4, 1>());
+  if (a.states > 16) return f(Shape<16, 4, 256, 4, 2>());
+  if (a.batch * a.width < SCAN_ENOUGH / 2) return f(Shape<8, 2, 256, 8, 2>());
+  return f(Shape<4, 4, 256, 4, 2>());
 }
 
 }  // namespace

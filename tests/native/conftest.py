@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hybrid_lm.ops.native import library
+from tests.native.emulated import ORDERS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,5 +21,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def isas() -> Iterator[list[str]]:
     """The instruction sets of the library that this processor has; a test goes through them by `use_isa`."""
     native = torch.ops.hybrid_lm_native
-    yield [isa for isa in ("baseline", "avx2", "avx512") if native.use_isa(isa)]
+    yield [isa for isa in ("baseline", "avx2", "avx512", *ORDERS) if native.use_isa(isa)]
     native.use_isa("")
