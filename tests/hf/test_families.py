@@ -213,6 +213,30 @@ def test_what_is_not_known_is_refused_by_name(name, changed, message):
         FAMILIES[name].read({**options, **changed})
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        # Of mamba_ssm's MambaConfig, in the files that were converted from it (state-spaces/mamba-130m-hf).
+        ("mamba", {"rms_norm": True, "ssm_cfg": {}, "fused_add_norm": True, "pad_vocab_size_multiple": 8}),
+        # `Mamba2Config` of 4.44; 4.57 has the first.
+        ("mamba2", {"rms_norm": True, "norm_before_gate": True}),
+        # `GPTNeoXConfig` of 4.57.
+        ("gpt_neox", {"rotary_pct": 0.5, "partial_rotary_factor": 0.5, "rotary_emb_base": 5000}),
+        # `Cohere2Config` of 4.57.
+        ("cohere2", {"_sliding_window_pattern": 4}),
+        ("bamba", {"partial_rotary_factor": 0.5, "attn_layer_indices": [1]}),
+        ("stablelm", {"partial_rotary_factor": 0.5, "rope_theta": 5000.0}),
+        ("recurrent_gemma", {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_fields_that_transformers_4_wrote_are_read(name, fields, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **fields}))
+    config = FAMILIES[name].read(AutoConfig.from_pretrained(tmp_path).to_dict())
+    for recipe in config.layers.values():
+        if (rope := recipe.options.get("rope")) is not None and "partial_rotary_factor" in fields:
+            assert rope["fraction"] == 0.5
+
+
 A = {"type": "attention", "n_heads": 4, "n_kv_heads": 2, "rope": {}}
 F = {"type": "mlp", "d_ff": 96}
 M = {"type": "mamba", "d_state": 8}

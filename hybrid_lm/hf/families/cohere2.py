@@ -45,7 +45,9 @@ FAMILY = Family(
     ),
     fixed={"block.norm": "layernorm"},
     # layer_types says where the windows are; how a table is cut over machines is nobody's matter here.
-    ignored=frozenset(["layer_switch", "sliding_window_pattern", "use_parallel_embedding"]),
+    ignored=frozenset(
+        ["_sliding_window_pattern", "layer_switch", "sliding_window_pattern", "use_parallel_embedding"]
+    ),
     rows=(
         *ENDS,
         row("model.layers.#.input_layernorm.weight", "attention:pre_norm.weight"),

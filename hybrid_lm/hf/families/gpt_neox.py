@@ -2,7 +2,7 @@
 (RedPajama-INCITE). Black et al. 2022, arXiv:2204.06745."""
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Choice, Derived, Rope, Same, Switch
+from hybrid_lm.hf.fields import Agrees, Choice, Derived, Rope, Same, Switch
 from hybrid_lm.hf.weights import BY_HEAD, linear, row
 
 ACTS = {
@@ -32,6 +32,8 @@ FAMILY = Family(
         Same("hidden_dropout", "block.dropout", "embedding.dropout"),
         Same("tie_word_embeddings", "embedding.tied"),
         Rope(partial=True),
+        # transformers 4 wrote it a second time.
+        Agrees("partial_rotary_factor", lambda f: f["rope_parameters"].get("partial_rotary_factor")),
         Derived("block.placement", lambda f: "pre_each" if f["use_parallel_residual"] else "pre"),
     ),
     fixed={"block.norm": "layernorm", "block.bias": True, "mlp.gated": False, "mlp.bias": True},

@@ -1,7 +1,7 @@
 """Mamba: one selective state-space layer after the other. Gu & Dao 2023, arXiv:2312.00752."""
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Must, Rule, Same, Uniform
+from hybrid_lm.hf.fields import Agrees, Must, Rule, Same, Uniform
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 RULES: tuple[Rule, ...] = (
@@ -19,6 +19,9 @@ RULES: tuple[Rule, ...] = (
     Same("time_step_floor", "mamba.dt_floor"),
     Same("tie_word_embeddings", "embedding.tied"),
     Must("hidden_act", "silu", "swish"),
+    # What checkpoints keep of the authors' own configuration.
+    Agrees("rms_norm", lambda f: True),
+    Agrees("ssm_cfg", lambda f: {}),
 )
 # The class reads intermediate_size, whatever expand says; residual_in_fp32 is a matter of rounding; the rest
 # is about kernels, starting values and other implementations' names for the sizes.

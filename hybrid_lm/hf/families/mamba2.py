@@ -3,7 +3,7 @@
 import math
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Derived, Fields, Must, Same, Uniform, Whole
+from hybrid_lm.hf.fields import Agrees, Derived, Fields, Must, Same, Uniform, Whole
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 
@@ -36,9 +36,12 @@ FAMILY = Family(
         Same("chunk_size", "mamba2.chunk"),
         Same("tie_word_embeddings", "embedding.tied"),
         Must("hidden_act", "silu", "swish"),
+        # In what transformers 4 wrote.
+        Agrees("rms_norm", lambda f: True),
     ),
-    # time_step_rank is Mamba-1's; residual_in_fp32 is a matter of rounding, the other about starting values.
-    ignored=frozenset(["rescale_prenorm_residual", "residual_in_fp32", "time_step_rank"]),
+    # time_step_rank is Mamba-1's; residual_in_fp32 is a matter of rounding; the class gates before the norm
+    # whatever norm_before_gate says, which transformers 4 wrote as true; the other is about starting values.
+    ignored=frozenset(["norm_before_gate", "rescale_prenorm_residual", "residual_in_fp32", "time_step_rank"]),
     rows=(
         row("backbone.embeddings.weight", "embed.weight"),
         row("backbone.layers.#.norm.weight", "mamba2:pre_norm.weight"),
