@@ -1,5 +1,6 @@
 """The Triton kernels: on a GPU where there is one, else in triton's interpreter, in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -287,3 +288,37 @@ def test_auto_takes_it_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.select("auto", "cuda")["ssd"] == "triton"
     monkeypatch.setattr(triton_ssd, "_gpu", lambda: "PyTorch sees no GPU")
     assert ops.select("auto", "cuda")["ssd"] == "torch"
+
+
+LIMITS = HERE.with_name("triton_limits.json")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_machine_code_for_hopper_stays_within_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the sizes of Mamba-2, bfloat16. `shared` is bytes of one program, of 227 KiB on a multiprocessor."""
+    from tests.ops.ahead import Launches, machine_code
+
+    launches = Launches()
+    monkeypatch.setattr(triton_ssd, "kernels", lambda: launches)
+    b, t, h, p, g, n = 8, 4096, 64, 64, 1, 128
+    half, single = ({"device": "meta", "dtype": dtype} for dtype in (torch.bfloat16, torch.float32))
+    x, dt, A = torch.empty(b, t, h, p, **half), torch.empty(b, t, h, **half), torch.empty(h, **single)
+    B, C = (torch.empty(b, t, g, n, **half) for _ in range(2))
+    state = torch.empty(b, h, p, n, **single)
+    inputs = (x, dt, A, B, C, A, A, True, 0.0, float("inf"))
+    triton_ssd.forward(*inputs, None, None, 64)
+    triton_ssd.backward(x, None, *inputs, None, None, 64)
+    triton_ssd.step(*(v[:, :1] if isinstance(v, Tensor) and v.dim() > 1 else v for v in inputs), state, None)
+    found = {}
+    for name, arguments, settings in launches.found:
+        reverse = "_reverse" if settings.get("REVERSE") else ""
+        found[name.removesuffix("_kernel") + reverse] = machine_code(name, arguments, settings)
+    limits = json.loads(LIMITS.read_text())
+    print(json.dumps(found, indent=1))  # what to write into the file after a change that is meant
+    assert found.keys() == limits.keys()
+    for name, numbers in found.items():
+        for what, number in numbers.items():
+            # products on the tensor cores of this generation may only become more
+            kept = number >= limits[name][what] if what == "wgmma" else number <= limits[name][what]
+            assert kept, f"{name}: {what}: {number}, and {limits[name][what]} in {LIMITS.name}"

@@ -217,8 +217,7 @@ def _walk(
     return end
 
 
-@torch.library.custom_op("hybrid_lm_triton::ssd", mutates_args=())
-def _ssd(
+def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     dt_softplus: bool, dt_low: float, dt_high: float, initial: Tensor | None, reset: Tensor | None,
     chunk: int,
@@ -259,8 +258,7 @@ def _spans(s: Shape) -> int:
     return 1 if s.b * s.h >= ENOUGH // 2 else min(s.chunks, -(-ENOUGH // (s.b * s.h)))
 
 
-@torch.library.custom_op("hybrid_lm_triton::ssd_backward", mutates_args=())
-def _ssd_backward(
+def backward(
     gy: Tensor | None, gstate: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_low: float, dt_high: float,
     initial: Tensor | None, reset: Tensor | None, chunk: int,
@@ -318,8 +316,7 @@ def _shares(s: Shape) -> tuple[int, int]:
     return share, -(-s.heads // share)
 
 
-@torch.library.custom_op("hybrid_lm_triton::ssd_step", mutates_args=("state",))
-def _step(
+def step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     dt_softplus: bool, dt_low: float, dt_high: float, state: Tensor, reset: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -342,6 +339,11 @@ def _step(
     # not tuned: each run changes the state
     launch(Choice(BP=max(1, 2048 // s.BN), num_warps=4))
     return y
+
+
+_ssd = torch.library.custom_op("hybrid_lm_triton::ssd", forward, mutates_args=())
+_ssd_backward = torch.library.custom_op("hybrid_lm_triton::ssd_backward", backward, mutates_args=())
+_step = torch.library.custom_op("hybrid_lm_triton::ssd_step", step, mutates_args=("state",))
 
 
 @_ssd.register_fake

@@ -77,14 +77,14 @@ def edges(high, low, document, Q: tl.constexpr):
 
 
 @triton.jit
-def decays(high, low, document, Q: tl.constexpr, OPERAND: tl.constexpr):
-    """L (i j): the decay from token j to token i; 0 above the diagonal and across documents."""
-    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    seen = (i >= j) & (document[:, None] == document[None, :])
-    exponent = high[:, None] - high[None, :]
+def decays(high, low, document, Q: tl.constexpr, OPERAND: tl.constexpr, TURNED: tl.constexpr):
+    """L (i j): the decay from token j to token i; 0 above the diagonal and across documents. TURNED: (j i)."""
+    row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    seen = (row <= column if TURNED else row >= column) & (document[:, None] == document[None, :])
+    exponent = high[None, :] - high[:, None] if TURNED else high[:, None] - high[None, :]
     # where the products are coarser than this, registers are worth more
     if OPERAND != tl.bfloat16:  # noqa: SIM300
-        exponent += low[:, None] - low[None, :]
+        exponent += low[None, :] - low[:, None] if TURNED else low[:, None] - low[None, :]
     return tl.exp2(tl.where(seen, exponent, float("-inf")))
 
 
@@ -209,7 +209,7 @@ def outputs_kernel(
         from_start, to_end, whole = edges(first, second, document, Q)
         # 1. what the chunk says to itself, and the state to it
         M = tl.dot(c, tl.trans(u), input_precision=PRECISION, out_dtype=WIDE)
-        M = (M * decays(first, second, document, Q, OPERAND) * d[None, :]).to(OPERAND)
+        M = (M * decays(first, second, document, Q, OPERAND, False) * d[None, :]).to(OPERAND)
         y = tl.dot(c, S.to(OPERAND), input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
         y = tl.dot(M, x.to(OPERAND), y, input_precision=PRECISION, out_dtype=WIDE)
         if HAS_D:
@@ -251,17 +251,16 @@ def gradients_kernel(
     narrow = inside[:, None] & (ns[None, :] < n)
     tile = (ns[:, None] < n) & (ps[None, :] < p)
     s_tile = ns[:, None] * p + ps[None, :]
-    u = tl.load(B + b * bb + g * bg + begin * bt + q[:, None] * bt + ns[None, :], mask=narrow, other=0.0).to(
-        OPERAND
-    )
-    c = tl.load(C + b * cb + g * cg + begin * ct + q[:, None] * ct + ns[None, :], mask=narrow, other=0.0).to(
-        OPERAND
-    )
+    B += b * bb + g * bg + begin * bt
+    C += b * cb + g * cg + begin * ct
+    b_tile, c_tile = q[:, None] * bt + ns[None, :], q[:, None] * ct + ns[None, :]
+    u = tl.load(B + b_tile, mask=narrow, other=0.0).to(OPERAND)
+    c = tl.load(C + c_tile, mask=narrow, other=0.0).to(OPERAND)
     document, starts = documents(RESET, b * t, rows, inside, HAS_RESET, Q)
-    CB = tl.dot(c, tl.trans(u), input_precision=PRECISION, out_dtype=WIDE)
+    CB = tl.dot(u, tl.trans(c), input_precision=PRECISION, out_dtype=WIDE)
     gCB = tl.zeros((Q, Q), WIDE)
     gB, gC = tl.zeros((Q, BN), WIDE), tl.zeros((Q, BN), WIDE)
-    below = q[:, None] > q[None, :]
+    later = q[:, None] < q[None, :]
     for r in range(slot * share, tl.minimum((slot + 1) * share, heads)):
         head = g * heads + r
         a = tl.load(A + head).to(WIDE)
@@ -270,7 +269,7 @@ def gradients_kernel(
         d, slope = step_sizes(d, inside, bias, SOFTPLUS, LIMITS, LOW, HIGH)
         first, second = sums(d, a, Q)
         from_start, to_end, whole = edges(first, second, document, Q)
-        L = decays(first, second, document, Q, OPERAND)
+        L = decays(first, second, document, Q, OPERAND, True)
         x = tl.load(
             X + b * xb + begin * xt + head * xh + q[:, None] * xt + ps[None, :], mask=wanted, other=0.0
         )
@@ -284,29 +283,34 @@ def gradients_kernel(
         kept = tl.sum(S.to(WIDE) * gS.to(WIDE)) * whole
         sum_gy_x = tl.sum(gy.to(WIDE) * x.to(WIDE))
         # 1. C.B^T, and what the decays inside the chunk get: s_i enters y_i with +, y of later tokens with -;
-        # the two parts of the diagonal cancel, and are left out rather than to rounding
-        gM = tl.dot(gy, tl.trans(x), input_precision=PRECISION, out_dtype=WIDE) * L
-        gCB += gM * d[None, :]
+        # the two parts of the diagonal cancel, and are left out rather than to rounding. All of it (j i)
+        gM = tl.dot(x, tl.trans(gy), input_precision=PRECISION, out_dtype=WIDE) * L
+        gCB += gM * d[:, None]
         gM *= CB
-        said = tl.sum(gM, 0)
-        gM = tl.where(below, gM * d[None, :], 0.0)
-        gs = tl.sum(gM, 1) - tl.sum(gM, 0)
-        # 2. x through the state after the chunk, and through the chunk
-        gX = tl.dot(u, gS, input_precision=PRECISION, out_dtype=WIDE) * to_end[:, None]
-        from_state = tl.sum(gX * x.to(WIDE), 1)
-        gX = tl.dot(tl.trans((CB * L).to(OPERAND)), gy, gX, input_precision=PRECISION, out_dtype=WIDE)
-        gX *= d[:, None]
+        said = tl.sum(gM, 1)
+        gM = tl.where(later, gM * d[:, None], 0.0)
+        gs = tl.sum(gM, 0) - tl.sum(gM, 1)
+        # 2. x through the chunk, and through the state after it
+        gX = tl.dot((CB * L).to(OPERAND), gy, input_precision=PRECISION, out_dtype=WIDE)
+        # read again for every head: they are in the cache, and would not fit in registers beside the sums
+        u = tl.load(B + b_tile, mask=narrow, other=0.0).to(OPERAND)
+        through = tl.dot(u, gS, input_precision=PRECISION, out_dtype=WIDE) * to_end[:, None]
+        from_state = tl.sum(through * x.to(WIDE), 1)
+        gX = (gX + through) * d[:, None]
         if HAS_D:
             gX += tl.load(D + head).to(WIDE) * gy.to(WIDE)
         place = GX + ((b * t + begin) * h + head) * p + q[:, None] * (h * p) + ps[None, :]
         tl.store(place, gX.to(GX.dtype.element_ty), mask=wanted)
-        # 3. the state's part in B and C; s_i enters S' of this chunk with -, and of the one before with +
-        asked = tl.dot(gy, tl.trans(S), input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
-        gC += asked
-        gs += tl.sum(asked * c.to(WIDE), 1) - from_state * d
-        given = tl.dot(x, tl.trans(gS), input_precision=PRECISION, out_dtype=WIDE)
-        gB += given * (d * to_end)[:, None]
+        # 3. s_i enters S' of this chunk with -, and of the one before with +
+        c = tl.load(C + c_tile, mask=narrow, other=0.0).to(OPERAND)
+        asked = tl.dot(c, S, input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
+        gs += tl.sum(asked * gy.to(WIDE), 1) - from_state * d
         gs += tl.where(q == Q - 1, tl.sum(from_state * d, 0) + kept, 0.0)
+        # 4. the state's part in B and C
+        gy_start = (gy.to(WIDE) * from_start[:, None]).to(OPERAND)
+        gC = tl.dot(gy_start, tl.trans(S), gC, input_precision=PRECISION, out_dtype=WIDE)
+        X_end = (x.to(WIDE) * (d * to_end)[:, None]).to(OPERAND)
+        gB = tl.dot(X_end, tl.trans(gS), gB, input_precision=PRECISION, out_dtype=WIDE)
         gdecay = tl.where(starts != 0, 0.0, tl.cumsum(gs, 0, reverse=True))
         gdt = (gdecay * a + said + from_state) * slope
         tl.store(GDT + (b * t + rows) * h + head, gdt.to(GDT.dtype.element_ty), mask=inside)
@@ -315,9 +319,11 @@ def gradients_kernel(
         tl.store(place, tl.sum(gdecay * d, 0))
         tl.store(place + size, sum_gy_x)
         tl.store(place + 2 * size, tl.sum(gdt, 0))
+    u = tl.load(B + b_tile, mask=narrow, other=0.0).to(OPERAND)
+    c = tl.load(C + c_tile, mask=narrow, other=0.0).to(OPERAND)
     coarse = gCB.to(OPERAND)
-    gC = tl.dot(coarse, u, gC, input_precision=PRECISION, out_dtype=WIDE)
-    gB = tl.dot(tl.trans(coarse), c, gB, input_precision=PRECISION, out_dtype=WIDE)
+    gC = tl.dot(tl.trans(coarse), u, gC, input_precision=PRECISION, out_dtype=WIDE)
+    gB = tl.dot(coarse, c, gB, input_precision=PRECISION, out_dtype=WIDE)
     at = (((slot * tl.num_programs(2) + b) * t + begin) * groups + g) * n
     at += q[:, None] * (groups * n) + ns[None, :]
     tl.store(GB + at, gB.to(GB.dtype.element_ty), mask=narrow)

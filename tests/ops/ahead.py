@@ -1,0 +1,74 @@
+"""Triton kernels compiled for sm_90, which needs no GPU, and what their machine code says."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hybrid_lm.ops.triton import ssd_kernels
+
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+class Launches:
+    """Stands for the module of the kernels, and keeps what they would be launched with."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        class Kernel:
+            def __getitem__(_, grid: tuple[int, ...]) -> Any:
+                return lambda *arguments, **settings: self.found.append((name, arguments, settings))
+
+        return Kernel()
+
+
+def machine_code(name: str, arguments: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, int]:
+    """Registers, bytes of stack and of shared memory, products on tensor cores, and all instructions."""
+    kernel = getattr(ssd_kernels, name)
+    options = {k: settings.pop(k) for k in ("num_warps", "num_stages")}
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | settings
+    signature, constants, hints = {}, {}, {}
+    for k, parameter in enumerate(kernel.arg_names):
+        signature[parameter], hint = described(values[parameter], parameter in settings)
+        if signature[parameter] == "constexpr":
+            constants[parameter] = values[parameter]
+        elif hint:
+            hints[(k,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=hints)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(made.asm["cubin"])
+        use, code = (
+            subprocess.run(
+                [TOOL, f"--dump-{what}", file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for what in ("resource-usage", "sass")
+        )
+    numbers = {key: int(re.search(rf"{key}:(\d+)", use)[1]) for key in ("REG", "STACK")}  # type: ignore[index]
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"],
+        "shared": made.metadata.shared,
+        "wgmma": len(re.findall(r"\bHGMMA\b", code)),
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,5}\*/", code)),
+    }
+
+
+def described(value: Any, constant: bool) -> tuple[str, bool]:
+    """An argument's type in Triton's words, and whether 16 divides it: as triton itself looks at them."""
+    if constant or value is None or (isinstance(value, int) and value == 1):
+        return "constexpr", False
+    if isinstance(value, Tensor):
+        return f"*{TYPES.get(value.dtype, 'u8')}", True
+    assert isinstance(value, int)
+    return "i32" if value < 2**31 else "i64", value % 16 == 0
