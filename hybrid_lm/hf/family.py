@@ -31,7 +31,9 @@ from hybrid_lm.registry import table
 COMMON = frozenset(
     [
         "_attn_implementation",
+        "_attn_implementation_autoset",
         "_name_or_path",
+        "_num_labels",
         "architectures",
         "auto_map",
         "bos_token_id",
@@ -39,6 +41,7 @@ COMMON = frozenset(
         "chunk_size_feed_forward",
         "dtype",
         "eos_token_id",
+        "gradient_checkpointing",
         "id2label",
         "initializer_range",
         "label2id",
@@ -48,8 +51,13 @@ COMMON = frozenset(
         "pad_token_id",
         "problem_type",
         "return_dict",
+        "tokenizer_class",
         "torch_dtype",
+        "torchscript",
+        "transformers.js_config",
         "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
         "use_cache",
     ]
 )

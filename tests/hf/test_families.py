@@ -183,6 +183,8 @@ def test_reshuffles_undo_each_other(how):
         ("llama", {"hidden_act": "quick_gelu"}, "llama: hidden_act = 'quick_gelu'"),
         ("llama", {"some_new_thing": 3}, "llama: unknown field some_new_thing = 3"),
         ("llama", {"pretraining_tp": 2}, "llama: pretraining_tp = 2"),
+        ("llama", {"rope_interleaved": True}, "llama: rope_interleaved = True"),
+        ("qwen2", {"use_mrope": True}, "qwen2: use_mrope = True"),
         ("llama", {"quantization_config": {"bits": 4}}, "llama: unknown field quantization_config"),
         ("llama", {"is_encoder_decoder": True}, "llama: unknown field is_encoder_decoder"),
         (
@@ -227,9 +229,17 @@ def test_what_is_not_known_is_refused_by_name(name, changed, message):
         ("bamba", {"partial_rotary_factor": 0.5, "attn_layer_indices": [1]}),
         ("stablelm", {"partial_rotary_factor": 0.5, "rope_theta": 5000.0}),
         ("recurrent_gemma", {"partial_rotary_factor": 0.5}),
+        # HuggingFaceTB/SmolLM2-135M
+        ("llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": 1}}),
+        # Qwen/Qwen2.5-0.5B
+        ("qwen2", {"use_mrope": False, "_attn_implementation_autoset": True}),
+        # openai-community/gpt2-medium
+        ("gpt2", {"n_special": 0, "predict_special_tokens": True, "gradient_checkpointing": False}),
+        ("gpt2", {"_num_labels": 1, "output_past": True, "torchscript": False, "tokenizer_class": "X"}),
+        ("llama", {"unsloth_fixed": True, "unsloth_version": "2025.1"}),
     ],
 )
-def test_fields_that_transformers_4_wrote_are_read(name, fields, tmp_path):
+def test_fields_that_published_files_have_besides_are_read(name, fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **fields}))
     config = FAMILIES[name].read(AutoConfig.from_pretrained(tmp_path).to_dict())
     for recipe in config.layers.values():

@@ -51,10 +51,14 @@ FAMILY = Family(
         "mlp.gated": False,
         "mlp.bias": True,
     },
-    # reorder_and_upcast_attn changes the order of roundings; summary_* belong to another head.
+    # reorder_and_upcast_attn changes the order of roundings; summary_* belong to another head; three are of
+    # the first releases and read by nothing.
     ignored=frozenset(
         [
             "n_ctx",
+            "n_special",
+            "output_past",
+            "predict_special_tokens",
             "reorder_and_upcast_attn",
             "summary_activation",
             "summary_first_dropout",

@@ -2,7 +2,7 @@
 arXiv:2302.13971; the class is `LlamaForCausalLM` of transformers."""
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Choice, Fields, Must, Rope, Rule, Same, Uniform
+from hybrid_lm.hf.fields import Agrees, Choice, Fields, Must, Rope, Rule, Same, Uniform
 from hybrid_lm.hf.weights import linear, row
 
 ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
@@ -62,6 +62,9 @@ FAMILY = Family(
         Same("attention_bias", "attention.qkv_bias", "attention.out_bias"),
         Rope(),
         Must("pretraining_tp", 1),
+        # Of the program that trained SmolLM2, which could do either; this class cannot.
+        Agrees("rope_interleaved", lambda f: False),
     ),
+    ignored=frozenset(["is_llama_config"]),
     rows=ROWS,
 )

@@ -3,7 +3,7 @@ arXiv:2407.10671."""
 
 from hybrid_lm.hf.families.llama import ROWS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Rope, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Agrees, Rope, Same, Uniform, WindowsByLayer
 
 FAMILY = Family(
     name="qwen2",
@@ -15,6 +15,8 @@ FAMILY = Family(
         Same("rms_norm_eps", "block.eps"),
         WindowsByLayer(),
         Rope(),
+        # In the published files of Qwen2.5, and not read by the class.
+        Agrees("use_mrope", lambda f: False),
     ),
     fixed={"attention.qkv_bias": True},
     rows=ROWS,
