@@ -170,18 +170,20 @@ def measure(
 
 def last_sequence(inputs: Inputs) -> Inputs:
     """The last of the batch in float64, as leaves where the inputs are."""
-    return {
-        name: (v if name in PARAMETERS else v[-1:]).detach().double().requires_grad_(v.requires_grad)
-        for name, v in inputs.items()
-    }
+
+    def one(name: str, v: Tensor) -> Tensor:
+        part = (v if name in PARAMETERS else v[-1:]).detach()
+        return part.double().requires_grad_(v.requires_grad) if part.is_floating_point() else part.clone()
+
+    return {name: one(name, v) for name, v in inputs.items()}
 
 
 def outcome(case: GpuCase, run: Callable[[Inputs], Tensor], inputs: Inputs, dy: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradients of all inputs, or the state after the step."""
-    if case.state is not None:
+    """The output, and the gradients of all inputs, or the states after the step."""
+    if case.states:
         with torch.no_grad():
             y = run(inputs)
-        return {"y": y, case.state: inputs[case.state]}
+        return {"y": y} | {name: inputs[name] for name in case.states}
     y = run(inputs)
     grads = torch.autograd.grad(y, list(inputs.values()), dy)
     return {"y": y.detach(), **{f"d_{name}": g for name, g in zip(inputs, grads, strict=True)}}
@@ -202,7 +204,7 @@ def errors(
         name = key.removeprefix("d_")
         v = way.back(name, found[key])
         if name not in PARAMETERS:
-            rest = v[:-1] * (0.0 if key in ("y", case.state) else 1.0)
+            rest = v[:-1] * (0.0 if key in ("y", *case.states) else 1.0)
             # Sums of zeros are zeros: there is no rounding to allow for.
             if not (rest == 0).all():
                 elsewhere = math.inf
@@ -236,15 +238,13 @@ def timings(
 
 def step_times(case: GpuCase, ready: Ready, device: torch.device) -> list[float]:
     """Of one step inside a CUDA graph of as many as have states that no cache holds together."""
-    name = case.state
-    assert name is not None
-    state = ready.inputs[name]
-    copies = 1 if device.type != "cuda" else min(128, -(-CACHE // (2 * state.nbytes)))
-    states = [state.clone() for _ in range(copies)]
+    size = sum(ready.inputs[name].nbytes for name in case.states)
+    copies = 1 if device.type != "cuda" else min(128, -(-CACHE // (2 * size)))
+    states = [{name: ready.inputs[name].clone() for name in case.states} for _ in range(copies)]
 
     def steps() -> None:
         with torch.no_grad():
             for one in states:
-                ready.way.run({**ready.inputs, name: one})
+                ready.way.run({**ready.inputs, **one})
 
     return [t / copies for t in graph_times(steps, device, EACH)]

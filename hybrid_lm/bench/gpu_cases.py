@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lm.bench import gpu_peers as peers
@@ -20,6 +21,7 @@ from hybrid_lm.bench.gpu_peers import Inputs, Way
 from hybrid_lm.bench.measure import Candidate
 from hybrid_lm.ops import causal_conv1d, selective_scan, ssd
 from hybrid_lm.ops.backend import report
+from hybrid_lm.ops.native.mamba2_step import mamba2_step, new_tickets, no_mamba2_step
 
 COPY = 4.3e12
 """Bytes read and written in a second."""
@@ -47,8 +49,10 @@ class GpuCase:
     """Least milliseconds, by quantity; these quantities are what is measured."""
     reach: Floors = field(default_factory=dict)
     """Milliseconds to be reached, by quantity."""
-    state: str | None = None
-    """The input that is updated in place; such a case has no gradients and runs in a CUDA graph."""
+    states: tuple[str, ...] = ()
+    """Inputs that are updated in place; such a case has no gradients and runs in a CUDA graph."""
+    one_kernel: Callable[[Inputs], Tensor] | None = None
+    """Ours in one kernel, of the ops' names or none."""
     small: Sizes = field(default_factory=dict)
     """Sizes of a run that only shows that everything works."""
 
@@ -56,12 +60,14 @@ class GpuCase:
         """The same values in every process, as leaves."""
         torch.manual_seed(0)
         made = self.make(sizes, device)
-        return {name: v.requires_grad_(self.state is None) for name, v in made.items()}
+        return {name: v.requires_grad_(not self.states) for name, v in made.items()}
 
     def candidates(self, device: str) -> Iterator[Candidate]:
         """Ours, one for each backend that runs on the device, then the peers."""
         for backend in able(self.op, device):
             yield Candidate(backend, partial(self._way, backend), ours=True)
+        if (run := self.one_kernel) is not None and no_mamba2_step(device) is None:
+            yield Candidate("one_kernel", lambda: Way(run), ours=True)
         yield from self.peers
 
     def _way(self, backend: str) -> Way:
@@ -115,7 +121,9 @@ def ssd_inputs(s: Sizes, device: torch.device) -> Inputs:
 
 def step_inputs(s: Sizes, device: torch.device) -> Inputs:
     state = torch.randn(s["b"], s["h"], s["p"], s["n"], device=device)
-    return {"state": state} | ssd_inputs({**s, "t": 1}, device)
+    made = ssd_inputs({**s, "t": 1}, device)
+    xBC = torch.cat([made[name].flatten(1) for name in ("x", "B", "C")], -1)
+    return {"state": state} | made | {"xBC": xBC}
 
 
 def conv_inputs(s: Sizes, device: torch.device) -> Inputs:
@@ -143,6 +151,51 @@ def our_step(v: Inputs, backend: str) -> Tensor:
         # A backend that makes a new state has to bring it where the next step looks for it.
         v["state"].copy_(state)
     return y
+
+
+def one_step(v: Inputs) -> Tensor:
+    """The same in one kernel, which takes x, B and C side by side, as Mamba-2 has them."""
+    y = mamba2_step(
+        v["xBC"], v["dt"][:, 0], v["A"], v["state"], D=v["D"], dt_bias=v["dt_bias"], dt_softplus=True
+    )
+    return y[:, None]
+
+
+def mixer_inputs(s: Sizes, device: torch.device) -> Inputs:
+    b, h, p, g, n, w = (s[k] for k in "bhpgnw")
+    c = h * p + 2 * g * n
+    made = {name: v for name, v in step_inputs(s, device).items() if name in ("state", "A", "D", "dt_bias")}
+    made["x"] = _bf16(b, c, device=device)
+    made["dt"] = (torch.randn(b, h, device=device) - 4.0).to(torch.bfloat16)
+    made["z"] = _bf16(b, h, p, device=device)
+    made["conv"] = _bf16(b, w - 1, c, device=device)
+    made |= {"weight": torch.randn(c, w, device=device), "bias": torch.randn(c, device=device)}
+    return made | {"tickets": new_tickets(made["state"], g)}
+
+
+def our_mixer(v: Inputs, backend: str) -> Tensor:
+    """A token of Mamba-2 by three ops, of which the recurrence is this backend's."""
+    (h, p), n = v["z"].shape[1:], v["state"].shape[-1]
+    how: dict[str, Any] = {"activation": "silu", "initial": v["conv"], "donate": True}
+    same: dict[str, Any] = (
+        {"backend": backend} if backend in able("causal_conv1d", v["x"].device.type) else {}
+    )
+    xBC, conv = causal_conv1d(v["x"][:, None], v["weight"], v["bias"], **how, **same)
+    if conv is not v["conv"]:
+        v["conv"].copy_(conv)
+    x, B, C = xBC.split([h * p, *[(xBC.shape[-1] - h * p) // 2] * 2], -1)
+    parts = {"x": x.unflatten(-1, (h, p)), "dt": v["dt"][:, None]}
+    parts |= {"B": B.unflatten(-1, (-1, n)), "C": C.unflatten(-1, (-1, n))}
+    y = our_step({**v, **parts}, backend)[:, 0]
+    return y * F.silu(v["z"])
+
+
+def one_mixer(v: Inputs) -> Tensor:
+    kept: dict[str, Any] = {
+        name: v[name] for name in ("z", "conv", "tickets", "weight", "bias", "D", "dt_bias")
+    }
+    groups = (v["x"].shape[1] - v["z"][0].numel()) // (2 * v["state"].shape[-1])
+    return mamba2_step(v["x"], v["dt"], v["A"], v["state"], groups=groups, dt_softplus=True, **kept)
 
 
 def our_conv(v: Inputs, backend: str) -> Tensor:
@@ -189,7 +242,7 @@ def conv_floors(s: Sizes) -> Floors:
 
 
 def step_floors(s: Sizes) -> Floors:
-    """The float32 state in and out."""
+    """The float32 state in and out; all else is a fiftieth of it."""
     return {"step_ms": 1e3 * 8.0 * s["b"] * s["h"] * s["p"] * s["n"] / COPY}
 
 
@@ -209,8 +262,14 @@ def scan_case(name: str, sizes: Sizes, gated: bool, reach: Floors | None = None)
 
 def step_case(heads: int, reach: Floors | None = None) -> GpuCase:
     sizes = {**HEADS, "b": heads // HEADS["h"]}
-    how: dict[str, Any] = {"reach": reach or {}, "state": "state", "small": FEW}
+    how: dict[str, Any] = {"reach": reach or {}, "states": ("state",), "small": FEW, "one_kernel": one_step}
     return GpuCase(f"step_{heads}", "ssd", sizes, step_inputs, our_step, peers.STEP, step_floors, **how)
+
+
+def mixer_case(heads: int) -> GpuCase:
+    sizes, small = {**HEADS, "b": heads // HEADS["h"], "w": 4}, {**FEW, "w": 4}
+    how: dict[str, Any] = {"states": ("state", "conv"), "small": small, "one_kernel": one_mixer}
+    return GpuCase(f"mamba2_{heads}", "ssd", sizes, mixer_inputs, our_mixer, peers.MIXER, step_floors, **how)
 
 
 CASES = {
@@ -255,5 +314,6 @@ CASES = {
         # 88 % of the rate of copying
         step_case(8192, {"step_ms": step_floors({**HEADS, "b": 128})["step_ms"] / 0.88}),
         *(step_case(heads) for heads in (64, 512, 1024, 4096, 32768)),
+        *(mixer_case(heads) for heads in (64, 1024, 8192)),
     )
 }

@@ -153,6 +153,24 @@ def mamba_step() -> Way:
     return Way(run)
 
 
+def mamba_mixer() -> Way:
+    """A token as Mamba-2 of mamba_ssm decodes it: causal_conv1d's update, then the state's with the gate."""
+    conv = import_module("causal_conv1d").causal_conv1d_update
+    fn = submodule("mamba_ssm.ops.triton.selective_state_update").selective_state_update
+
+    def run(v: Inputs) -> Tensor:
+        state, z = v["state"], v["z"]
+        (h, p), n = z.shape[1:], state.shape[-1]
+        xBC = conv(v["x"], v["conv"].transpose(1, 2), v["weight"], v["bias"], "silu")
+        x, B, C = xBC.split([h * p, *[(xBC.shape[-1] - h * p) // 2] * 2], -1)
+        B, C = (u.unflatten(-1, (-1, n)) for u in (B, C))
+        wide = {name: v[name][:, None].expand(h, p) for name in ("D", "dt_bias")}
+        dt, A = v["dt"][..., None].expand(z.shape), v["A"][:, None, None].expand(h, p, n)
+        return fn(state, x.unflatten(-1, (h, p)), dt, A, B, C, z=z, dt_softplus=True, **wide)
+
+    return Way(run)
+
+
 SCAN = (Peer("mamba_ssm", mamba_scan, packages=("mamba_ssm",)),)
 SSD = (
     Peer("mamba_ssm", mamba_ssd, packages=("mamba_ssm", "triton")),
@@ -165,3 +183,4 @@ CONV = (
     Peer("compile_shifted_sums", shifted_conv, packages=("triton",), compiled=True),
 )
 STEP = (Peer("mamba_ssm", mamba_step, packages=("mamba_ssm", "triton")),)
+MIXER = (Peer("mamba_ssm", mamba_mixer, packages=("mamba_ssm", "causal_conv1d", "triton")),)

@@ -52,7 +52,9 @@ def test_floors_are_those_of_the_arithmetic(name, floors):
     assert all(case.reach[key] > floor for key, floor in case.floors(case.sizes).items())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("step_") or "8192" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if not name.startswith(("step", "mamba2")) or "8192" in name]
+)
 def test_every_case_is_checked_and_timed(name):
     found = on_cpu(name)
     row = found["candidates"]["torch"]
@@ -162,7 +164,15 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     dt = F.softplus((dt + dt_bias).float())
     decay = (dt[..., None] * A).exp()
     state.copy_(decay * state + (dt * x)[..., None] * B[:, :, None].float())
-    return (torch.einsum("bhpn,bgn->bhp", state, C.float()) + D * x).to(x.dtype)
+    y = torch.einsum("bhpn,bgn->bhp", state, C.float()) + D * x
+    return (y if z is None else y * F.silu(z.float())).to(x.dtype)
+
+
+def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None):
+    state = conv_state.transpose(1, 2)
+    y, after = ops.causal_conv1d(x[:, None], weight, bias, activation=activation, initial=state)
+    state.copy_(after)
+    return y[:, 0]
 
 
 FAKES = {
@@ -171,7 +181,10 @@ FAKES = {
     "mamba_ssm.ops.triton.selective_state_update": {"selective_state_update": selective_state_update},
     "fla.ops.simple_gla": {"chunk_simple_gla": chunk_simple_gla},
     "fla.modules.convolution": {"causal_conv1d": fla_causal_conv1d},
-    "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn},
+    "causal_conv1d": {
+        "causal_conv1d_fn": causal_conv1d_fn,
+        "causal_conv1d_update": causal_conv1d_update,
+    },
     "triton": {},
 }
 
@@ -189,7 +202,7 @@ def peers_installed(monkeypatch):
 
 
 @pytest.mark.usefixtures("peers_installed")
-@pytest.mark.parametrize("name", ["scan", "scan_gated", "ssd", "conv", "step_8192"])
+@pytest.mark.parametrize("name", ["scan", "scan_gated", "ssd", "conv", "step_8192", "mamba2_8192"])
 def test_peers_are_asked_for_what_ours_compute(name):
     found = on_cpu(name)["candidates"]
     peers = {peer.name for peer in CASES[name].peers if not peer.compiled}
