@@ -1,10 +1,13 @@
 """What csrc/include promises: the same functions for the host, where all tests run them, and for a device."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.machine_code import compiled, disassembler
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -55,3 +58,26 @@ def test_shared_functions_compile_for_a_device_without_spilling(tmp_path: Path) 
     said = [line for line in done.stderr.splitlines() if "spill stores" in line]
     assert len(said) == 2, "one line for each kernel"
     assert all("0 bytes stack frame, 0 bytes spill stores" in line for line in said), said
+
+
+# By kernel: the most registers; and of its loop with this many exponentials the most instructions. A change
+# that goes beyond one of them is to be measured, or to be undone.
+LIMITS = json.loads(Path(__file__).with_name("cuda_limits.json").read_text())
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
+@pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_machine_code_stays_within_limits(source: Path, tmp_path: Path) -> None:
+    kernels = compiled(source, tmp_path)
+    assert {name: (k.stack, k.spills) for name, k in kernels.items()} == dict.fromkeys(kernels, (0, 0))
+    for name in kernels.keys() & LIMITS.keys():
+        kernel, limit = kernels[name], LIMITS[name]
+        assert kernel.registers <= limit["registers"], name
+        if disassembler() is not None and "loop" in limit:
+            (instructions,) = [n for n, exponentials in kernel.loops if exponentials == limit["exponentials"]]
+            assert instructions <= limit["loop"], (name, instructions)
+
+
+def test_limits_are_those_of_kernels_that_there_are() -> None:
+    text = "".join(path.read_text() for path in (CSRC / "cuda").glob("*.cu"))
+    assert all(name.split("<")[0] in text for name in LIMITS)

@@ -24,7 +24,7 @@
 
 #define __global__
 #define __device__
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 
 namespace hybrid_lm {
@@ -198,7 +198,7 @@ inline dim3 thread_index() { return {state.here->index, 0, 0}; }
 
 // What the thread `lane` of this warp passed to the same call.
 template <class T>
-inline T exchange(const char* where, unsigned mask, T value, unsigned lane) {
+__attribute__((noinline)) T exchange(const char* where, unsigned mask, T value, unsigned lane) {
   static_assert(sizeof(T) <= 8);
   Fiber& me = *state.here;
   const unsigned mine = me.index % WARP, first = me.index - mine;

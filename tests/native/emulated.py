@@ -1,6 +1,7 @@
 """A plugin for pytest: the tests run on CUDA's kernels, emulated on the host, in the place of the CPU's.
 
-    HYBRID_LM_NATIVE=<what build("emulated") returned> python -m pytest -p tests.native.emulated tests/native -k scan
+    HYBRID_LM_NATIVE=<what `hybrid-lm build-native emulated` printed> \\
+        python -m pytest -p tests.native.emulated tests/native -k scan
 
 Tests that go through the instruction sets go through the orders in which threads can run.
 """
@@ -11,7 +12,14 @@ from hybrid_lm.ops.native import causal_conv1d, library, selective_scan
 
 ORDERS = ("emulated", "emulated backwards")
 # What has nothing to do with a GPU: its kernels compute in float32 alone, and threads of the host run none.
-ELSEWHERE = ("torch.float64", "x-f64", "all-sorts", "any_number_of_threads", "finite_differences", "gradients_of_gradients")
+ELSEWHERE = (
+    "torch.float64",
+    "x-f64",
+    "all-sorts",
+    "any_number_of_threads",
+    "finite_differences",
+    "gradients_of_gradients",
+)
 
 
 def pytest_configure() -> None:
@@ -22,4 +30,4 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items[:] = [item for item in items if not any(word in item.nodeid for word in ELSEWHERE)]
+    items[:] = [item for item in items if not any(word in item.nodeid for word in (*ELSEWHERE, *LONG))]
