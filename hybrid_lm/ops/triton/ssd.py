@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from hybrid_lm.ops.backend import register
+from hybrid_lm.ops.causal_conv1d import causal_conv1d
 from hybrid_lm.ops.native.operators import may_take, tracked
 from hybrid_lm.ops.precision import wide
 from hybrid_lm.ops.triton.tuning import Choice, best, interpreted
 
 # Widths of a state that one program takes; wider ones are cut before.
 MAX_P, MAX_N = 128, 256
+# Numbers of a state that one program keeps on chip while it walks.
+ROOM = 64 * 128
 # Programs that keep a large GPU busy (132 multiprocessors, two programs each).
 ENOUGH = 264
 
@@ -68,7 +71,7 @@ def ssd_triton(
     donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     p, n = x.shape[3], B.shape[3]
-    if p > MAX_P or n > MAX_N:
+    if p > _max_p(n) or n > MAX_N:
         return _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset, chunk)
     tensors = (x, dt, A, B, C, D, dt_bias)
     if x.shape[1] == 1 and not tracked(initial, *tensors):
@@ -82,17 +85,23 @@ def ssd_triton(
     return _ssd(*tensors, dt_softplus, *dt_limit, initial, reset, chunk)
 
 
+def _max_p(n: int) -> int:
+    """Channels of a head that one program takes: fewer where the state of each is wide."""
+    return MAX_P if n <= 128 else MAX_P // 2
+
+
 def _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset, chunk):
     """States wider than a program's: channels are independent, and y is a sum over the states."""
-    ends = (range(0, x.shape[3], MAX_P), range(0, B.shape[3], MAX_N))
+    wide_p = _max_p(B.shape[3])
+    ends = (range(0, x.shape[3], wide_p), range(0, B.shape[3], MAX_N))
     ys, states = [], []
     for i in ends[0]:
         parts, row = [], []
         for j in ends[1]:
-            start = None if initial is None else initial[:, :, i : i + MAX_P, j : j + MAX_N]
+            start = None if initial is None else initial[:, :, i : i + wide_p, j : j + MAX_N]
             y, state = ssd_triton(
                 # the parts of y are rounded after they are added
-                x[..., i : i + MAX_P].to(wide(x) if len(ends[1]) > 1 else x.dtype),
+                x[..., i : i + wide_p].to(wide(x) if len(ends[1]) > 1 else x.dtype),
                 dt, A, B[..., j : j + MAX_N], C[..., j : j + MAX_N],
                 D=D if j == 0 else None, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
                 initial=start, reset=reset, chunk=chunk,
@@ -102,6 +111,57 @@ def _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset
         ys.append(sum(parts[1:], parts[0]).to(x.dtype))
         states.append(torch.cat(row, 3))
     return torch.cat(ys, 3), torch.cat(states, 2)
+
+
+def ssd_conv(
+    x: Tensor,
+    weight: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    conv_bias: Tensor | None = None,
+    conv_initial: Tensor | None = None,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial: Tensor | None = None,
+    reset: Tensor | None = None,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ssd` of silu(causal_conv1d(x)), which is never in memory: 2 b t h p numbers less to move.
+
+    x             (b t h p)
+    weight        (h p w)
+    conv_bias     (h p)
+    conv_initial  (b w-1 h p) the inputs before the first token; zeros where it is None
+    Returns y, the convolution's state (b w-1 h p) and the state of `ssd`; the same bits as the two ops one
+    after the other. With gradients, and for one token, it is these two.
+    """
+    h, p, w = weight.shape
+    window = None if conv_initial is None else conv_initial.to(x.dtype)
+    taps, bias = weight.flatten(0, 1), None if conv_bias is None else conv_bias.flatten()
+    flat = None if window is None else window.flatten(2)
+    one = x.shape[1] == 1 or p > _max_p(B.shape[3]) or B.shape[3] > MAX_N
+    if one or tracked(x, weight, dt, A, B, C, conv_bias, window, D, dt_bias, initial):
+        u, conv = causal_conv1d(
+            x.flatten(2), taps, bias, activation="silu", initial=flat, reset=reset
+        )  # fmt: skip
+        y, state = ssd_triton(
+            u.unflatten(2, (h, p)), dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus,
+            dt_limit=dt_limit, initial=initial, reset=reset, chunk=chunk,
+        )  # fmt: skip
+        return y, conv.unflatten(2, (h, p)), state
+    y, state = _ssd_conv(
+        x, weight, conv_bias, window, dt, A, B, C, D, dt_bias, dt_softplus, *dt_limit, initial, reset, chunk
+    )
+    # of the inputs only the last are left in the state
+    end = max(x.shape[1] - max(w - 1, 1), 0)
+    tail = None if reset is None else reset[:, end:]
+    _, conv = causal_conv1d(x[:, end:].flatten(2), taps, initial=flat, reset=tail)
+    return y, conv.unflatten(2, (h, p)), state
 
 
 def kernels() -> Any:
@@ -133,12 +193,14 @@ class Shape(NamedTuple):
 
 
 def _shape(x: Tensor, B: Tensor, chunk: int, widest: int = 64) -> Shape:
+    """The sizes, and tiles for them: chunks are shorter where numbers take more room on chip."""
     b, t, h, p = x.shape
     g, n = B.shape[2:]
     if t < 1:
         raise ValueError(f"ssd: x has {t} tokens; at least one is needed")
     if h % g:
         raise ValueError(f"ssd: {h} heads are no multiple of {g} groups")
+    widest = min(widest, {torch.bfloat16: 64, torch.float64: 16}.get(x.dtype, 32))
     return Shape(b, t, h, p, n, g, _tile(min(chunk, widest)), _tile(n), _tile(p))
 
 
@@ -195,10 +257,15 @@ def _flag(reset: Tensor | None, like: Tensor) -> Tensor:
     return like if reset is None else reset.contiguous().view(torch.uint8)
 
 
+# The pointers that the kernels take for a convolution, and what they are compiled for.
+Convolution = tuple[tuple[Tensor | None, ...], dict[str, Any]]
+NO_CONVOLUTION: Convolution = ((None,) * 4, {"HAS_CBIAS": False, "HAS_WINDOW": False, "W": 0})
+
+
 def _walk(
     v: Tensor, u: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, reset: Tensor | None,
     start: Tensor | None, kept: Tensor, span: int, reverse: bool,
-    s: Shape, types: dict[str, Any], options: dict[str, Any],
+    s: Shape, types: dict[str, Any], options: dict[str, Any], conv: Convolution = NO_CONVOLUTION,
 ) -> Tensor:  # fmt: skip
     """The state at the end of a walk (b h p n), and into `kept` (b h spans n p) that at every span."""
     end = A.new_empty((s.b, s.h, s.p, s.n), dtype=wide(v))
@@ -206,11 +273,11 @@ def _walk(
     def launch(choice: Choice) -> None:
         BN, BP = min(choice.BN, s.BN), min(choice.BP, s.BP)
         kernels().states_kernel[(s.b * s.h, -(-s.p // BP), -(-s.n // BN))](
-            v, u, dt, A, dt_bias, _flag(reset, v), start, kept, end,
+            v, u, dt, A, dt_bias, _flag(reset, v), start, kept, end, *conv[0],
             s.t, s.h, s.p, s.n, s.heads, kept.shape[2], span,
             *v.stride()[:3], *u.stride()[:3], *dt.stride(),
             **options | types | choice.options
-            | {"HAS_START": start is not None, "REVERSE": reverse, "Q": s.Q, "BN": BN, "BP": BP},
+            | {"HAS_START": start is not None, "REVERSE": reverse, "Q": s.Q, "BN": BN, "BP": BP} | conv[1],
         )  # fmt: skip
 
     best("ssd_states", launch, v, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], reverse))
@@ -223,33 +290,54 @@ def forward(
     chunk: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (b t h p) and the final state (b h p n)."""
+    options = _options(dt_bias, reset, dt_softplus, (dt_low, dt_high))
+    return _forward(x, dt, A, B, C, D, dt_bias, initial, reset, chunk, options, NO_CONVOLUTION)
+
+
+def forward_conv(
+    x: Tensor, weight: Tensor, conv_bias: Tensor | None, window: Tensor | None, dt: Tensor, A: Tensor,
+    B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_low: float,
+    dt_high: float, initial: Tensor | None, reset: Tensor | None, chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same, of silu(conv(x)): weight (h p w), conv_bias (h p), window (b w-1 h p)."""
+    options = _options(dt_bias, reset, dt_softplus, (dt_low, dt_high))
+    documents = None if reset is None else reset.cumsum(1, dtype=torch.int32)
+    pointers = (*_packed(weight, conv_bias, window), documents)
+    settings = {"HAS_CBIAS": conv_bias is not None, "HAS_WINDOW": window is not None, "W": weight.shape[2]}
+    conv = (pointers, settings)
+    return _forward(x, dt, A, B, C, D, dt_bias, initial, reset, chunk, options, conv)
+
+
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial: Tensor | None, reset: Tensor | None, chunk: int, options: dict[str, Any], conv: Convolution,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     s, types = _shape(x, B, chunk), _types(x, B, C)
     x, B, C = _rows(x), _rows(B), _rows(C)
     A, D, dt_bias, initial = _packed(A, D, dt_bias, initial)
-    options = _options(dt_bias, reset, dt_softplus, (dt_low, dt_high))
     y = x.new_empty(x.shape)
     spans = _spans(s)
     span = -(-s.chunks // spans)
     if spans > 1:
         kept = x.new_empty((s.b, s.h, -(-s.chunks // span), s.n, s.p), dtype=wide(x))
         start, state = kept, _walk(
-            x, B, dt, A, dt_bias, reset, initial, kept, span, False, s, types, options
+            x, B, dt, A, dt_bias, reset, initial, kept, span, False, s, types, options, conv
         )  # fmt: skip
     else:
         start, state = initial, x.new_empty((s.b, s.h, s.p, s.n), dtype=wide(x))
 
     def launch(choice: Choice) -> None:
-        BP = min(choice.BP, s.BP)
+        BP = max(16, min(choice.BP, s.BP, ROOM // s.BN))
         kernels().outputs_kernel[(s.b * s.h, -(-s.p // BP), -(-s.chunks // span))](
-            x, dt, A, B, C, D, dt_bias, _flag(reset, x), start, y, state,
+            x, dt, A, B, C, D, dt_bias, _flag(reset, x), start, y, state, *conv[0],
             s.t, s.h, s.p, s.n, s.heads, -(-s.chunks // span), span,
             *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
             **options | types | choice.options
             | {"HAS_D": D is not None, "HAS_START": start is not None, "KEPT": spans > 1}
-            | {"Q": s.Q, "BN": s.BN, "BP": BP},
+            | {"Q": s.Q, "BN": s.BN, "BP": BP} | conv[1],
         )  # fmt: skip
 
-    best("ssd_outputs", launch, x, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], spans > 1))
+    best("ssd_outputs", launch, x, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], spans > 1, conv[1]["W"]))
     return y, state
 
 
@@ -342,12 +430,21 @@ def step(
 
 
 _ssd = torch.library.custom_op("hybrid_lm_triton::ssd", forward, mutates_args=())
+_ssd_conv = torch.library.custom_op("hybrid_lm_triton::ssd_conv", forward_conv, mutates_args=())
 _ssd_backward = torch.library.custom_op("hybrid_lm_triton::ssd_backward", backward, mutates_args=())
 _step = torch.library.custom_op("hybrid_lm_triton::ssd_step", step, mutates_args=("state",))
 
 
 @_ssd.register_fake
 def _(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_low, dt_high, initial, reset, chunk):
+    b, _, h, p = x.shape
+    return x.new_empty(x.shape), x.new_empty((b, h, p, B.shape[3]), dtype=wide(x))
+
+
+@_ssd_conv.register_fake
+def _(
+    x, weight, conv_bias, window, dt, A, B, C, D, dt_bias, dt_softplus, dt_low, dt_high, initial, reset, chunk
+):
     b, _, h, p = x.shape
     return x.new_empty(x.shape), x.new_empty((b, h, p, B.shape[3]), dtype=wide(x))
 

@@ -78,7 +78,7 @@ def edges(high, low, document, Q: tl.constexpr):
 
 @triton.jit
 def decays(high, low, document, Q: tl.constexpr, OPERAND: tl.constexpr, TURNED: tl.constexpr):
-    """L (i j): the decay from token j to token i; 0 above the diagonal and across documents. TURNED: (j i)."""
+    """L (i j), TURNED (j i): the decay from token j to token i; 0 where i < j and across documents."""
     row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     seen = (row <= column if TURNED else row >= column) & (document[:, None] == document[None, :])
     exponent = high[None, :] - high[:, None] if TURNED else high[:, None] - high[None, :]
@@ -101,13 +101,44 @@ def add_product(total, a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def convolved(
+    x, taps, bias, window, documents, rows, inside, ps, p, xt, width,
+    HAS_CBIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_RESET: tl.constexpr, W: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """silu of the causal convolution of a chunk of x (Q BP), rounded to x's type as if it had been stored.
+
+    x, taps, bias and documents (starts so far, of every token) begin at this sequence and head, and so does
+    window (w-1 width), the inputs before the first token.
+    """
+    total = tl.zeros((rows.shape[0], ps.shape[0]), WIDE)
+    if HAS_CBIAS:
+        total += tl.load(bias + ps, mask=ps < p, other=0.0).to(WIDE)[None, :]
+    mine = tl.zeros_like(rows)
+    if HAS_RESET:
+        mine = tl.load(documents + rows, mask=inside, other=-1).to(rows.dtype)
+    for k in tl.static_range(W):  # pyright: ignore[reportGeneralTypeIssues]
+        at = rows - (W - 1 - k)
+        seen = inside & (at >= 0)
+        if HAS_RESET:
+            seen &= tl.load(documents + at, mask=seen, other=-2).to(rows.dtype) == mine
+        v = tl.load(x + at[:, None] * xt + ps[None, :], mask=seen[:, None] & (ps[None, :] < p), other=0.0)
+        if HAS_WINDOW:
+            before = inside & (at < 0) & (mine == 0)
+            place = window + (at + (W - 1))[:, None] * width + ps[None, :]
+            v = v.to(WIDE) + tl.load(place, mask=before[:, None] & (ps[None, :] < p), other=0.0).to(WIDE)
+        total += v.to(WIDE) * tl.load(taps + ps * W + k, mask=ps < p, other=0.0).to(WIDE)[None, :]
+    return (total / (1.0 + tl.exp2(-total * LOG2E))).to(x.dtype.element_ty)
+
+
+@triton.jit
 def states_kernel(
-    V, U, DT, A, BIAS, RESET, START, KEPT, END,
+    V, U, DT, A, BIAS, RESET, START, KEPT, END, TAPS, CBIAS, WINDOW, DOCUMENTS,
     t, h, p, n, heads, spans, span,
     vb, vt, vh, ub, ut, ug, db, dt_, dh,
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_START: tl.constexpr,
     SOFTPLUS: tl.constexpr, LIMITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    REVERSE: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_CBIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, W: tl.constexpr,
     Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +174,15 @@ def states_kernel(
         begin = tl.cast(k, tl.int64) * Q
         rows = begin + q
         inside = rows < t
-        v = tl.load(V + begin * vt + v_tile, mask=inside[:, None] & (ps[None, :] < p), other=0.0)
+        if W > 0:
+            v = convolved(
+                V, TAPS + head * p * W, CBIAS + head * p if HAS_CBIAS else CBIAS,
+                WINDOW + b * (W - 1) * (h * p) + head * p if HAS_WINDOW else WINDOW,
+                DOCUMENTS + b * t if HAS_RESET else DOCUMENTS,
+                rows, inside, ps, p, vt, h * p, HAS_CBIAS, HAS_WINDOW, HAS_RESET, W, WIDE,
+            )  # fmt: skip
+        else:
+            v = tl.load(V + begin * vt + v_tile, mask=inside[:, None] & (ps[None, :] < p), other=0.0)
         u = tl.load(U + begin * ut + u_tile, mask=inside[:, None] & (ns[None, :] < n), other=0.0)
         d = tl.load(DT + rows * dt_, mask=inside, other=0.0).to(WIDE)
         d, _ = step_sizes(d, inside, bias, SOFTPLUS, LIMITS, LOW, HIGH)
@@ -157,17 +196,18 @@ def states_kernel(
 
 @triton.jit
 def outputs_kernel(
-    X, DT, A, B, C, D, BIAS, RESET, START, Y, END,
+    X, DT, A, B, C, D, BIAS, RESET, START, Y, END, TAPS, CBIAS, WINDOW, DOCUMENTS,
     t, h, p, n, heads, spans, span,
     xb, xt, xh, db, dt_, dh, bb, bt, bg, cb, ct, cg,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_START: tl.constexpr,
     SOFTPLUS: tl.constexpr, LIMITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    KEPT: tl.constexpr,
+    KEPT: tl.constexpr, HAS_CBIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, W: tl.constexpr,
     Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of one head and a block of its channels: all tokens, with the state on chip, or (KEPT) `span` chunks
-    from a state that `states_kernel` left in START (b h spans n p). Y (b t h p), END (b h p n)."""
+    from a state that `states_kernel` left in START (b h spans n p). Y (b t h p), END (b h p n).
+    W > 0: X is what the convolution of W taps starts from."""
     bh = tl.program_id(0).to(tl.int64)
     b, head = bh // h, bh % h
     ps = tl.program_id(1) * BP + tl.arange(0, BP)
@@ -199,7 +239,15 @@ def outputs_kernel(
         inside = rows < t
         wanted = inside[:, None] & (ps[None, :] < p)
         narrow = inside[:, None] & (ns[None, :] < n)
-        x = tl.load(X + begin * xt + x_tile, mask=wanted, other=0.0)
+        if W > 0:
+            x = convolved(
+                X, TAPS + head * p * W, CBIAS + head * p if HAS_CBIAS else CBIAS,
+                WINDOW + b * (W - 1) * (h * p) + head * p if HAS_WINDOW else WINDOW,
+                DOCUMENTS + b * t if HAS_RESET else DOCUMENTS,
+                rows, inside, ps, p, xt, h * p, HAS_CBIAS, HAS_WINDOW, HAS_RESET, W, WIDE,
+            )  # fmt: skip
+        else:
+            x = tl.load(X + begin * xt + x_tile, mask=wanted, other=0.0)
         u = tl.load(B + begin * bt + b_tile, mask=narrow, other=0.0).to(OPERAND)
         c = tl.load(C + begin * ct + c_tile, mask=narrow, other=0.0).to(OPERAND)
         d = tl.load(DT + rows * dt_, mask=inside, other=0.0).to(WIDE)
