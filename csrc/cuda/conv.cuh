@@ -179,13 +179,13 @@ template <class T, int VEC, int TAPS>
 struct ConvNext {
   ConvRow<T, VEC> at[TAPS];
   const typename T::Bits* here;
-  int64_t step, left;
-  int count;
+  int64_t step;
+  int left, count;
 
   HYBRID_LM_DEVICE ConvNext(const View& from, const ConvPlace& place, int64_t stop)
       : here(conv_at<T>(from, place, place.begin)),
         step(from.stride[1]),
-        left(from ? stop - place.begin : 0),
+        left(from ? int(stop - place.begin) : 0),
         count(place.count) {
     HYBRID_LM_UNROLL
     for (int i = 0; i < TAPS; ++i) fetch(i);
