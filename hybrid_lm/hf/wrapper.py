@@ -23,6 +23,7 @@ from hybrid_lm.hf.plain_json import from_json_safe, json_safe
 from hybrid_lm.layers.base import Auxiliary, Module
 from hybrid_lm.layers.block import Residual
 from hybrid_lm.layers.parts import Embedding, Linear
+from hybrid_lm.model.balance import rebalance
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
@@ -115,7 +116,36 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         if device.type != "meta":
             for parameter in model.parameters():
                 mark_filled(parameter)
+        # What experts were sent since the last optimizer step, and the version of the weights then.
+        self.passes: list[Auxiliary] = []
+        self.weighed = 0
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As every class; parameters that are not learned by gradients stay so."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        made = loaded[0] if isinstance(loaded, tuple) else loaded
+        with torch.device("meta"):
+            fresh = build_model(made.config.model_config(), weights=False)
+        for name, parameter in fresh.named_parameters():
+            if not parameter.requires_grad:
+                made.model.get_parameter(name).requires_grad_(False)
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As every class, with the corrections of experts as they are after the last optimizer step."""
+        self._after_a_step()
+        return super().save_pretrained(*args, **kwargs)
+
+    @torch.compiler.disable()
+    def _after_a_step(self) -> None:
+        # Moves the corrections of experts (`balance: bias`) by what the passes of a step have seen. A step of
+        # any optimizer writes into the weights, and their version tells.
+        version = sum(parameter._version for parameter in self.parameters() if parameter.requires_grad)
+        if version != self.weighed:
+            rebalance(self.passes)
+            self.passes, self.weighed = [], version
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         # Called for modules that a checkpoint left incomplete, and for what transformers adds. A parameter's
@@ -189,6 +219,8 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states = self.config.output_hidden_states
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         added = Auxiliary([], []) if labels is not None and self.training else None
+        if added is not None:
+            self._after_a_step()
         x, _ = self.model.features(
             input_ids,
             state=state,
@@ -206,6 +238,8 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
+            if added is not None and any(load.rate for load in added.loads):
+                self.passes.append(Auxiliary([], [*added.loads]))
             if added is not None and added.terms:
                 loss = loss + balance_loss(self.model, added, labels, kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybrid_lm.layers.base import Auxiliary, Load
+from hybrid_lm.layers.base import Auxiliary
 
 
 def detached(auxiliary: Auxiliary) -> Auxiliary:
@@ -35,20 +35,3 @@ def per_layer(passes: Sequence[Auxiliary]) -> list[Tensor]:
     """Tokens of each expert (e), summed over the passes, for each call of a layer in one pass."""
     calls = zip(*(auxiliary.loads for auxiliary in passes), strict=True)
     return [torch.stack([load.counts for load in call]).sum(0) for call in calls]
-
-
-@torch.no_grad()
-def rebalance(passes: Sequence[Auxiliary]) -> None:
-    """Raises the correction of experts that got fewer tokens than the mean in this optimizer step, and lowers
-    that of those that got more, in place. Wang et al. 2024, arXiv:2408.15664, algorithm 1.
-    """
-    loads: dict[int, Load] = {}
-    for load in (load for auxiliary in passes for load in auxiliary.loads):
-        if load.correction is not None and load.rate:
-            # Layers that share their weights share the correction.
-            before = loads.get(id(load.correction))
-            counts = load.counts if before is None else before.counts + load.counts
-            loads[id(load.correction)] = load._replace(counts=counts)
-    for counts, correction, rate in loads.values():
-        assert correction is not None
-        correction += rate * torch.sign(counts.mean() - counts).to(correction.dtype)

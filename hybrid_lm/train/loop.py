@@ -17,12 +17,13 @@ from hybrid_lm.config.schema import RunConfig, TrainConfig
 from hybrid_lm.data import IGNORE, Batch
 from hybrid_lm.files import DiskError
 from hybrid_lm.layers.base import Auxiliary
+from hybrid_lm.model.balance import rebalance
 from hybrid_lm.model.lm import LMLoss
 from hybrid_lm.terminal import Terminal
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train import optim
 from hybrid_lm.train import run as runs
-from hybrid_lm.train.auxiliary import detached, measures, rebalance
+from hybrid_lm.train.auxiliary import detached, measures
 from hybrid_lm.train.evaluate import to_tensors, validate
 from hybrid_lm.train.log import Log, open_log, read_metrics
 from hybrid_lm.train.process import Signals, own_randomness, peak_memory, seed_step

@@ -557,3 +557,42 @@ def test_a_process_that_has_run_remote_code_can_export(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(cache.parent))
     export(build(MODELS["recurrent"]), tmp_path / "out", format="remote")
     assert (tmp_path / "out/modeling_hybrid_lm.py").is_file()
+
+
+BALANCED = {
+    **MOE,
+    "layers": {**MOE["layers"], "e": {**MOE["layers"]["e"], "router": "sigmoid", "balance": "bias"}},
+}
+
+
+def corrections(model: HybridLMForCausalLM) -> list[Tensor]:
+    """Those of the experts, by layer."""
+    return [p.detach().clone() for name, p in model.named_parameters() if name.endswith("router_correction")]
+
+
+def test_corrections_of_experts_move_once_a_step_and_are_saved(tmp_path):
+    model = to_hf(build(BALANCED), format="remote").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    x, start = tokens(2, 16), corrections(model)
+    for _ in range(2):
+        # Two passes of one step.
+        for _ in range(2):
+            model(x, labels=x).loss.backward()
+        assert all(torch.equal(a, b) for a, b in zip(start, corrections(model), strict=True))
+        optimizer.step()
+        optimizer.zero_grad()
+        model(x, labels=x)
+        moved = corrections(model)
+        rate = 0.001
+        for before, after in zip(start, moved, strict=True):
+            # One rate up or down, or not where an expert has its share: a rounding of float32 away.
+            assert set(((after - before) / rate).round(decimals=3).tolist()) <= {-1.0, 0.0, 1.0}
+            assert not torch.equal(before, after)
+        start = moved
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    again = HybridLMForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(corrections(model), corrections(again), strict=True))
+    # A parameter without a gradient would be waited for by DistributedDataParallel.
+    fixed = {name for name, p in again.named_parameters() if not p.requires_grad}
+    assert fixed == {name for name, _ in again.named_parameters() if name.endswith("router_correction")}

@@ -8,10 +8,11 @@ from torch import nn
 
 from hybrid_lm.config.load import parse_config
 from hybrid_lm.layers.base import Auxiliary, Load, Term
+from hybrid_lm.model.balance import rebalance
 from hybrid_lm.model.build import build_model
 from hybrid_lm.train import checkpoint as checkpoints
 from hybrid_lm.train import loop
-from hybrid_lm.train.auxiliary import measures, rebalance
+from hybrid_lm.train.auxiliary import measures
 from hybrid_lm.train.log import read_metrics
 from hybrid_lm.train.loop import train
 from hybrid_lm.train.source import open_source
