@@ -12,7 +12,7 @@ from tests.native.emulated import ORDERS
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without a library there are no kernels to test. (The building of one is tested without.)"""
     reason = library.why_not("cpu")
-    without = ("test_build.py", "test_emulation.py")
+    without = ("test_build.py", "test_build_cuda.py", "test_emulation.py")
     for item in items:
         if item.path.parent.name == "native" and item.path.name not in without and reason is not None:
             item.add_marker(pytest.mark.skip(reason=f"no native library: {reason}"))
