@@ -133,6 +133,7 @@ def measure(
     truth = outcome(
         case, lambda v: case.ours(v, "torch"), last_sequence(inputs), last_sequence({"dy": dy})["dy"]
     )
+    quantities = tuple(case.floors(sizes))
     rows: dict[str, Row] = {}
     ready: dict[str, Ready] = {}
     for candidate in candidates:
@@ -147,8 +148,9 @@ def measure(
             strict = dataclasses.replace(candidate, ours=False, limit=LIMIT)
             way = attempt(strict, row, lambda way: errors(case, way, inputs, dy, truth))
             if row["status"] == "ok":
-                ready[candidate.name] = Ready(way, way.given(inputs), dy)
-    quantities = tuple(case.floors(sizes))
+                one = Ready(way, way.given(inputs), dy)
+                if runs(lambda one=one: timings(case, one, quantities, device), row):
+                    ready[candidate.name] = one
     timed = [c for c in candidates if c.name in ready]
     found = interleaved(timed, ready, lambda r: timings(case, r, quantities, device), repeat, tell)
     for name, values in found.items():
@@ -166,6 +168,18 @@ def measure(
         "candidates": rows,
         "base": add_ratios(rows, quantities[-1]),
     }
+
+
+def runs(work: Callable[[], Any], row: Row) -> bool:
+    """Whether what is to be timed runs at all (in a CUDA graph, or beside the others in memory); if not,
+    `row` says why."""
+    try:
+        work()
+    except Exception as error:  # Of any kind: the others can still be measured.
+        lines = str(error).strip().splitlines() or [""]
+        row |= {"status": "failed", "note": f"{type(error).__name__}: {lines[0]}"}
+        return False
+    return True
 
 
 def last_sequence(inputs: Inputs) -> Inputs:

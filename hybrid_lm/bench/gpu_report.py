@@ -9,6 +9,7 @@ from rich.console import Console
 
 from hybrid_lm.bench.gpu_cases import CASES, able, reasons
 from hybrid_lm.bench.gpu_device import no_gpu
+from hybrid_lm.bench.measure import Candidate
 from hybrid_lm.bench.report import figure
 from hybrid_lm.eval.table import NONE, print_table
 
@@ -32,9 +33,13 @@ def plan(console: Console, cases: list[str]) -> None:
     for op in dict.fromkeys(CASES[name].op for name in cases):
         for backend, why in reasons(op, "cuda").items():
             console.print(f"{op}: {backend} does not run on cuda: {why}", markup=False, highlight=False)
-    peers = {(CASES[name].op, peer.name): peer for name in cases for peer in CASES[name].peers}
-    for (op, name), peer in peers.items():
-        console.print(f"{op}: {name}: {peer.missing() or 'installed'}", markup=False, highlight=False)
+    by_peers: dict[tuple[Candidate, ...], list[str]] = {}
+    for name in cases:
+        by_peers.setdefault(CASES[name].peers, []).append(name)
+    for peers, names in by_peers.items():
+        for peer in peers:
+            told = f"{', '.join(names)}: {peer.name}: {peer.missing() or 'installed'}"
+            console.print(told, markup=False, highlight=False)
 
 
 def reach(goals: Mapping[str, float], key: str) -> str:

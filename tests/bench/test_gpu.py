@@ -108,6 +108,24 @@ def test_a_backend_that_fails_a_small_check_is_not_timed(monkeypatch):
     assert not run.ours_are_right(document)
 
 
+def test_what_cannot_be_timed_costs_only_its_own_row(monkeypatch):
+    right, calls = CASES["conv"].ours, []
+
+    def tired(v):
+        calls.append(v)
+        if len(calls) > 1:
+            raise RuntimeError("out of memory\nand much more")
+        return right(v, "torch")
+
+    both = (Peer("tired", lambda: Way(tired)), Peer("well", lambda: Way(lambda v: right(v, "torch"))))
+    monkeypatch.setitem(CASES, "conv", dataclasses.replace(CASES["conv"], peers=both))
+    found = on_cpu("conv", only=["tired", "well"])["candidates"]
+    assert found["tired"]["status"] == "failed"
+    assert found["tired"]["note"] == "RuntimeError: out of memory"
+    assert found["well"]["status"] == "ok"
+    assert "fwd_ms" in found["well"]
+
+
 def test_fresh_memory_is_poisoned():
     with gpu_device.poisoned():
         assert torch.empty(3).isnan().all()
@@ -224,7 +242,7 @@ def test_without_a_gpu_there_is_one_clear_message(monkeypatch, capsys):
 def test_a_dry_run_says_what_would_be_measured(capsys):
     assert main(["bench", "gpu", "--dry-run", "--op", "conv", "--op", "step_8192"]) == 0
     out = capsys.readouterr().out
-    for words in ("b8 t4096 d4096 w4", "fwd ms 0.125 (0.15)", "step ms 0.125 (0.142)", "causal_conv1d: fla:"):
+    for words in ("b8 t4096 d4096 w4", "fwd ms 0.125 (0.15)", "step ms 0.125 (0.142)", "conv: fla:"):
         assert words in out
     assert "scan" not in out
 
