@@ -23,7 +23,7 @@ from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.causal_conv1d import causal_conv1d
 from hybrid_lm.ops.native.operators import may_take, tracked
 from hybrid_lm.ops.precision import wide
-from hybrid_lm.ops.triton.tuning import Choice, best, interpreted
+from hybrid_lm.ops.triton.tuning import Choice, best, interpreted, on_device_of
 
 # Widths of a state that one program takes; wider ones are cut before.
 MAX_P, MAX_N = 128, 256
@@ -425,7 +425,8 @@ def step(
         )  # fmt: skip
 
     # not tuned: each run changes the state
-    launch(Choice(BP=max(1, 2048 // s.BN), num_warps=4))
+    with on_device_of(x):
+        launch(Choice(BP=max(1, 2048 // s.BN), num_warps=4))
     return y
 
 

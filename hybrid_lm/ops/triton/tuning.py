@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,16 +73,33 @@ def best(kernel: str, launch: Callable[[Choice], None], tensor: Tensor, shape: t
     device; `shape` is all that another choice might depend on.
     """
     candidates = CANDIDATES[kernel]
+    with on_device_of(tensor):
+        launch(candidates[_chosen(kernel, candidates, launch, tensor, shape)])
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where triton launches: it takes the current device, not that of its arguments."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def _chosen(
+    kernel: str,
+    candidates: tuple[Choice, ...],
+    launch: Callable[[Choice], None],
+    tensor: Tensor,
+    shape: tuple[object, ...],
+) -> int:
     if tensor.device.type != "cuda":
-        return launch(candidates[0])
+        return 0
     key = f"{kernel} {tensor.dtype} {' '.join(map(str, shape))}"
-    table = _table(tensor.device.index or 0)
+    device = tensor.device.index or 0
+    table = _table(device)
     if key not in table:
         if torch.cuda.is_current_stream_capturing():
-            return launch(candidates[0])
+            return 0
         table[key] = _measure(candidates, launch)
-        _keep(tensor.device.index or 0)
-    launch(candidates[table[key]])
+        _keep(device)
+    return table[key]
 
 
 def _measure(candidates: tuple[Choice, ...], launch: Callable[[Choice], None]) -> int:
