@@ -140,6 +140,37 @@ def test_any_layout():
     assert wider["conv"][..., 1::2].isnan().all()
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_opcheck(full):
+    v = inputs(SHAPES[1], torch.bfloat16)
+    low, high = v["dt_limit"]
+    if not full:
+        v |= dict.fromkeys(("z", "weight", "bias", "D", "dt_bias", "conv"))
+    given = [v[name] for name in ("xBC", "dt", "z", "weight", "bias", "A", "D", "dt_bias")]
+    reset, tickets = (torch.tensor([True, False]), new_tickets(v["state"], 2)) if full else (None, None)
+    operator = torch.ops.hybrid_lm_native.mamba2_step_.default
+    torch.library.opcheck(operator, (*given, True, low, high, 2, reset, v["conv"], v["state"], tickets))
+
+
+WRONG = {
+    "state": lambda v: v[:, :1],
+    "xBC": lambda v: v[:, 1:],
+    "conv": lambda v: v[:, 1:],
+    "A": lambda v: v[1:],
+    "z": lambda v: v[..., 1:],
+    "tickets": lambda v: v[:1],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_is_refused(name):
+    v = inputs(SHAPES[1], torch.float32)
+    v["tickets"] = new_tickets(v["state"], 2)
+    v[name] = WRONG[name](v[name])
+    with pytest.raises(RuntimeError, match=r"size|tickets|groups|without gaps"):
+        mamba2_step(**v)
+
+
 def test_it_says_where_it_runs():
     assert no_mamba2_step("cpu") == "there is no kernel for one token on cpu"
     assert no_mamba2_step("cuda")
