@@ -246,7 +246,9 @@ VERBS = {
         "hybrid-lm build-native",
         [
             option("target", nargs="?", default="cpu", help="cpu, or cuda; by default cpu"),
-            option("--arch", help="instruction sets, with commas: baseline,avx2; by default all"),
+            option(
+                "--arch", help="cpu: instruction sets, as in baseline,avx2; by default all. cuda: as in sm_90"
+            ),
             option("--sanitize", help="for a search for errors: address,undefined"),
             option("--force", action="store_true", help="compile even if the cache has it"),
         ],

@@ -188,7 +188,10 @@ inline const char* launch(void (*kernel)(P...), dim3 grid, int threads, size_t s
   if (shared_bytes > 48 * 1024) {
     const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (refused != cudaSuccess) return cudaGetErrorString(refused);
+    if (refused != cudaSuccess) {
+      cudaGetLastError();  // or the next call would be told of it
+      return "this GPU has too little shared memory for these sizes; backend='torch' does without";
+    }
   }
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t error = cudaGetLastError();
