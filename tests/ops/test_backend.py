@@ -9,6 +9,7 @@ import torch
 from hybrid_lm import ops
 from hybrid_lm.ops import backend
 from hybrid_lm.ops.native import library
+from hybrid_lm.ops.triton import ssd as triton
 
 NAMES = (
     "attention",
@@ -31,6 +32,7 @@ NATIVE = ("causal_conv1d", "gated_rms_norm", "linear", "rms_norm", "selective_sc
 @pytest.mark.parametrize("why_not", [None, "not built: run `hybrid-lm build-native`"])
 def test_auto_takes_the_best_that_can_run(monkeypatch: pytest.MonkeyPatch, why_not: str | None) -> None:
     monkeypatch.setattr(library, "library", lambda: library.Library(None, why_not))
+    monkeypatch.setattr(triton, "_gpu", lambda: "PyTorch sees no GPU")
     plain = dict.fromkeys(NAMES, "torch")
     best = plain if why_not else plain | dict.fromkeys(NATIVE, "native")
     assert ops.select() == best

@@ -92,6 +92,9 @@ def _max_p(n: int) -> int:
 
 def _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset, chunk):
     """States wider than a program's: channels are independent, and y is a sum over the states."""
+    # the gradients of these are sums over slices, too: they are rounded after they are added
+    dt, A = dt.to(wide(x)), A.to(wide(x))
+    D, dt_bias = (None if v is None else v.to(wide(x)) for v in (D, dt_bias))
     wide_p = _max_p(B.shape[3])
     ends = (range(0, x.shape[3], wide_p), range(0, B.shape[3], MAX_N))
     ys, states = [], []
