@@ -84,7 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(MaybeTensor gy
   Tensor parts = new_tensor(x, {count}, ScalarType::Float);
   a.parts = view_of(parts, "parts", {count});
   check(conv_backward(a));
-  return {as_type(gx, x.scalar_type()), gweight, gbias, as_type(ginitial, initial ? initial->scalar_type() : inputs.type)};
+  if (initial) ginitial = as_type(ginitial, initial->scalar_type());
+  return {as_type(gx, x.scalar_type()), gweight, gbias, ginitial};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hybrid_lm_native, HYBRID_LM_KEY, m) {

@@ -26,7 +26,8 @@ Tensor mamba2_step_(Tensor xBC, Tensor dt, MaybeTensor z, MaybeTensor weight, Ma
   a.dt_softplus = dt_softplus, a.dt_low = float(dt_low), a.dt_high = float(dt_high);
   a.state = view_of(state, "state", {b, h, p, n});
   if (w > 1) {
-    STD_TORCH_CHECK(tickets->scalar_type() == ScalarType::Int && tickets->is_contiguous() && tickets->numel() >= b * groups,
+    STD_TORCH_CHECK(tickets->scalar_type() == ScalarType::Int && tickets->is_contiguous() &&
+                        tickets->numel() >= b * groups,
                     "mamba2_step: tickets are int32, one for each sequence and group");
     a.conv = view_of(conv, "conv", {b, w - 1, c});
     a.tickets.data = tickets->data_ptr();

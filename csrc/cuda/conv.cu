@@ -4,8 +4,9 @@
 namespace hybrid_lm {
 namespace {
 
-// The last inputs, read once more: to have them in registers until here would take registers from all tokens. `document`
-// is the first token of the last document. A state in the place of `initial` is read before it is overwritten.
+// The last inputs, read once more: to have them in registers until here would take registers from all tokens.
+// `document` is the first token of the last document. A state in the place of `initial` is read before it is
+// overwritten.
 template <class T, int VEC>
 HYBRID_LM_DEVICE void conv_state(const ConvArgs& a, const ConvPlace& at, int64_t document) {
   for (int64_t j = 0; j < a.taps - 1; ++j) {

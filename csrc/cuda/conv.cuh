@@ -26,10 +26,10 @@ struct ConvGrid {
   int64_t stretches;  // of a sequence
 
   ConvGrid(int64_t batch, int64_t tokens, int64_t width, int vec) : vectors((width + vec - 1) / vec) {
-    // Each stretch reads the rows before it once more; threads enough for a large device are worth that. Not by `vec`,
-    // which hangs on where the tensors lie: sums must not.
+    // Each stretch reads the rows before it once more, and is special at both ends; threads enough for a large device
+    // are worth that. Not by `vec`, which hangs on where the tensors lie: sums must not.
     const int64_t walks = batch * ((width + 3) / 4);
-    length = 64;
+    length = 128;
     while (length > 16 && walks * ((tokens + length - 1) / length) < 131072) length /= 2;
     stretches = (tokens + length - 1) / length;
   }
@@ -71,7 +71,8 @@ struct alignas(VEC * sizeof(typename T::Bits)) ConvRow {
     HYBRID_LM_UNROLL
     for (int w = 0; w < VEC / PER; ++w) {
       if constexpr (PER == 2)
-        words[w] = (2 * w < count ? uint32_t(from[2 * w]) : 0u) | (2 * w + 1 < count ? uint32_t(from[2 * w + 1]) << 16 : 0u);
+        words[w] = (2 * w < count ? uint32_t(from[2 * w]) : 0u) |
+                   (2 * w + 1 < count ? uint32_t(from[2 * w + 1]) << 16 : 0u);
       else
         words[w] = w < count ? from[w] : Bits(0);
     }
@@ -209,10 +210,11 @@ struct ConvNext {
 };
 
 // Whether nothing is special about TAPS tokens from t on, and about those that set out meanwhile: all are there, with
-// all channels and taps, and in one document. Most are such, and for them the loops ask nothing. (Not of eight taps, where
-// there are no registers for two ways to go on.)
+// all channels and taps, and in one document. Most are such, and for them the loops ask nothing. (Not of eight taps,
+// where there are no registers for two ways to go on.)
 template <int VEC, int TAPS>
-HYBRID_LM_DEVICE bool conv_plain(const ConvArgs& a, const ConvPlace& at, int first, int closed, int64_t t, int64_t stop) {
+HYBRID_LM_DEVICE bool conv_plain(const ConvArgs& a, const ConvPlace& at, int first, int closed, int64_t t,
+                                 int64_t stop) {
   if (TAPS > 4 || t + 2 * TAPS > stop || at.count != VEC || first != 0 || closed > 0) return false;
   bool any = false;
   HYBRID_LM_UNROLL

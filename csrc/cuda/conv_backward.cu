@@ -88,7 +88,8 @@ HYBRID_LM_DEVICE void conv_tokens(const ConvGradArgs& a, const ConvPlace& at, co
 }
 
 template <class T, int VEC, int TAPS>
-__global__ void __launch_bounds__(CONV_THREADS, 3) conv_backward_kernel(const ConvGradArgs a, const ConvBlocks<VEC> blocks) {
+__global__ void __launch_bounds__(CONV_THREADS, 3)
+    conv_backward_kernel(const ConvGradArgs a, const ConvBlocks<VEC> blocks) {
   const int64_t tile = int64_t(blockIdx.x) % blocks.tiles, part = int64_t(blockIdx.x) / blocks.tiles;
   const int lane = threadIdx.x % CONV_LANES, warp = threadIdx.x / CONV_LANES;
   const ConvPlace at(a, blocks.grid.length, VEC, part / blocks.groups, part % blocks.groups * CONV_WARPS + warp,
@@ -143,7 +144,8 @@ __global__ void __launch_bounds__(CONV_THREADS, 3) conv_backward_kernel(const Co
 }
 
 // The sums over all parts: a block has LANES channels of one tap, and each of its warps every WARPS-th part.
-__global__ void __launch_bounds__(CONV_THREADS) conv_weights_kernel(const ConvGradArgs a, int64_t count, int64_t tiles) {
+__global__ void __launch_bounds__(CONV_THREADS)
+    conv_weights_kernel(const ConvGradArgs a, int64_t count, int64_t tiles) {
   const int lane = threadIdx.x % CONV_LANES, warp = threadIdx.x / CONV_LANES;
   const int64_t tap = int64_t(blockIdx.x) / tiles, channel = int64_t(blockIdx.x) % tiles * CONV_LANES + lane;
   const auto* from = static_cast<const float*>(a.parts.data) + tap * a.width + channel;
@@ -168,7 +170,8 @@ const char* start(const ConvGradArgs& a) {
   const ConvBlocks<VEC> blocks(a);
   const int64_t count = blocks.parts(a.batch), grid = count * blocks.tiles;
   const int64_t tiles = (a.width + CONV_LANES - 1) / CONV_LANES;
-  if (grid > 0x7fffffff || tiles * (a.taps + 1) > 0x7fffffff) return "causal_conv1d: more than 2^31 blocks of channels and tokens";
+  if (grid > 0x7fffffff || tiles * (a.taps + 1) > 0x7fffffff)
+    return "causal_conv1d: more than 2^31 blocks of channels and tokens";
   const size_t bytes = sizeof(float) * CONV_WARPS * (TAPS + 1) * CONV_LANES * VEC;
   // Without a sequence there are no parts, and the sums are zeros.
   const char* error = count == 0 ? nullptr

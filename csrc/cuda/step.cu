@@ -46,6 +46,11 @@ HYBRID_LM_DEVICE int64_t step_before(const StepArgs& a, const StepPlace& at, int
   return at.row * a.conv.stride[0] + j * a.conv.stride[1] + channel * a.conv.stride[2];
 }
 
+// Place of row p of the block in y, or in z.
+HYBRID_LM_DEVICE int64_t step_output(const View& v, const StepPlace& at, int64_t p) {
+  return at.row * v.stride[0] + at.head * v.stride[1] + (at.first + p) * v.stride[2];
+}
+
 // A channel after the convolution.
 HYBRID_LM_DEVICE float step_channel(const StepArgs& a, const StepPlace& at, int64_t channel) {
   const float now = read(a.xBC, at.row * a.xBC.stride[0] + channel * a.xBC.stride[1]);
@@ -150,8 +155,8 @@ __global__ void __launch_bounds__(STEP_THREADS) step_kernel(const StepArgs a, in
       if (p >= at.count) continue;
       // 4. the direct path and the gate
       float out = y[r] + D * x[p];
-      if (a.z) out *= silu<Thread>(read(a.z, at.row * a.z.stride[0] + at.head * a.z.stride[1] + (at.first + p) * a.z.stride[2]));
-      write(a.y, at.row * a.y.stride[0] + at.head * a.y.stride[1] + (at.first + p) * a.y.stride[2], out);
+      if (a.z) out *= silu<Thread>(read(a.z, step_output(a.z, at, p)));
+      write(a.y, step_output(a.y, at, p), out);
     }
   }
 }
