@@ -70,9 +70,13 @@ def test_model_with_everything_keeps_the_laws(hybrid_config, law):
     assert verdict.holds, verdict
 
 
+NARROW = {"pretrain/jamba_moe_130m": ["model.layers.e.d_ff=128", "model.layers.f.d_ff=512"]}
+"""What keeps a model that is large in float64 within memory."""
+
+
 @pytest.mark.parametrize("name", config_names())
 def test_shipped_configuration_keeps_the_laws(name):
-    judged = subject(load_config(name).model, tokens=70)
+    judged = subject(load_config(name, NARROW.get(name, ())).model, tokens=70)
     for law in EAGER_LAWS:
         verdict = law(judged)
         assert verdict.holds, verdict

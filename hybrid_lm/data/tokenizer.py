@@ -188,9 +188,11 @@ def _pretrained(transformers: Any, path: str | Path) -> Any:
     """The tokenizer of a folder or hub name. At most one attempt to reach the hub."""
 
     def load(local_files_only: bool) -> Any:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(path), split_special_tokens=True, local_files_only=local_files_only
-        )
+        found = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=local_files_only)
+        # How it was found is no property of it, and would be saved with it.
+        for key in ("is_local", "local_files_only"):
+            found.init_kwargs.pop(key, None)
+        return found
 
     if Path(path).exists():
         return load(local_files_only=True)

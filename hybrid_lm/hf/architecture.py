@@ -6,8 +6,7 @@ from typing import Any
 
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.data.optional import need
-from hybrid_lm.hf.fields import ConversionError
-from hybrid_lm.hf.importing import described, local_folder
+from hybrid_lm.hf.importing import described, local_folder, reading
 from hybrid_lm.hf.origin import TOKENIZERS
 
 
@@ -24,11 +23,8 @@ def of_checkpoint(place: str) -> tuple[ModelConfig, dict[str, Any] | None]:
     from hybrid_lm.hf.wrapper import from_json_safe
 
     folder = local_folder(place)
-    try:
+    with reading(place):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConversionError(f"{place}: not a model folder or hub name that loads: {reason}") from error
     has_one = any((folder / name).is_file() for name in TOKENIZERS)
     tokenizer = {"kind": "huggingface", "path": place} if has_one else None
     if config.model_type == "hybrid_lm":

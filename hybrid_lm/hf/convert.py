@@ -19,7 +19,7 @@ from hybrid_lm.files import new_folder, replace_text
 from hybrid_lm.hf.bundle import CONFIGURATION, MODELING, bundle
 from hybrid_lm.hf.card import model_card
 from hybrid_lm.hf.fields import ConversionError
-from hybrid_lm.hf.importing import Folder, described, family_of, local_folder, published, read_model
+from hybrid_lm.hf.importing import Folder, described, family_of, local_folder, published, read_model, reading
 from hybrid_lm.hf.native import Target, choose, native_config, native_model
 from hybrid_lm.hf.native import save as save_native
 from hybrid_lm.hf.origin import GENERATION, origin
@@ -142,20 +142,14 @@ def from_hf(
     if not isinstance(path_or_model, str | Path):
         return from_object(path_or_model, check)
     place = str(path_or_model)
-    try:
-        with no_progress():
-            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-            if config.model_type == "hybrid_lm":
-                return own_export(place, dtype)
-            family, fields = described(config, place)
-            folder = local_folder(place)
-            wanted = wanted_dtype(dtype, config.dtype)
-            model = read_model(family, fields, Folder(folder), dtype=wanted)
-    except ConversionError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConversionError(f"{place}: not a model folder or hub name that loads: {reason}") from error
+    with reading(place), no_progress():
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        if config.model_type == "hybrid_lm":
+            return own_export(place, dtype)
+        family, fields = described(config, place)
+        folder = local_folder(place)
+        wanted = wanted_dtype(dtype, config.dtype)
+        model = read_model(family, fields, Folder(folder), dtype=wanted)
     if check:
         told(verify(folder, model, native=family.tolerance, cached=not family.cached_differs(fields)))
     return model

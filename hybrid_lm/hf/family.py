@@ -152,12 +152,16 @@ class Family:
         Raises ConversionError naming the first field that is unknown or has a value that we do not have.
         """
         known = self.known
+        if fields.get("quantization_config"):
+            raise ConversionError(f"{self.name}: quantization_config: quantised checkpoints are not read")
         for name, value in fields.items():
             silent = value is None or (name in FALSE and value is False)
             if name not in known and not silent:
                 raise ConversionError(f"{self.name}: unknown field {name} = {value!r}")
         try:
             blocks = self.layout.read(fields)
+            if not blocks:
+                raise ConversionError(f"{' and '.join(self.layout.theirs)}: the model has no layers")
             ours = Options({}, [{} for _ in blocks], blocks)
             for path, value in self.fixed.items():
                 ours[path] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM
 from hybrid_lm.model.tensors import TensorFile
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -89,6 +90,25 @@ def described(config: Any, what: str) -> tuple[Family, dict[str, Any]]:
     return family_of(config.model_type, what), config.to_dict()
 
 
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Turns what transformers and our own checks say of a checkpoint that is none into one message."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # A strict configuration names the field in its first line and the reason in the next.
+        reason = " ".join(lines[:2] if isinstance(error, StrictDataclassError) else lines[:1])
+        what = (
+            "not a model folder or hub name that loads" if isinstance(error, OSError) else "it cannot be read"
+        )
+        raise ConversionError(f"{place}: {what}: {reason or type(error).__name__}") from error
+
+
 def local_folder(place: str) -> Path:
     """A folder, or the local copy of a hub name, fetched if need be: safetensors and JSON only."""
     path = Path(place)
@@ -128,8 +148,13 @@ def read_model(
     keys = keys_on_disk(family, rows, tensors, tied=config.embedding.tied)
     if dtype is None:
         dtype = tensors[keys[rows[0].theirs[0]]].dtype
+    if config.embedding.tied:
+        check_tied(family, rows, tensors, keys)
     for entry in rows:
         stored = [tensors[keys[key]] for key in entry.theirs]
+        for key, x in zip(entry.theirs, stored, strict=True):
+            if x.dtype not in FLOATS:
+                raise ConversionError(f"{key} is {x.dtype}: quantised weights are not read")
         wanted = [shapes[name] for name in entry.ours]
         try:
             parts = entry.how.read(stored, wanted, entry.options)
@@ -143,6 +168,18 @@ def read_model(
                 )
             place(model, name, part, torch.float32 if kinds[name] == "dynamics" else dtype)
     return model.eval()
+
+
+def check_tied(
+    family: Family, rows: Sequence[Placed], tensors: Mapping[str, Tensor], keys: Mapping[str, str]
+) -> None:
+    """Raises ConversionError for a checkpoint that says its matrices are one and has two."""
+    embedding = next(entry.theirs[0] for entry in rows if entry.ours == ("embed.weight",))
+    for head in {family.head, "lm_head.weight"} & set(tensors):
+        if not torch.equal(tensors[head], tensors[keys[embedding]]):
+            raise ConversionError(
+                f"{head} is not {embedding}, but tie_word_embeddings is true; set it to false in config.json"
+            )
 
 
 def place(model: nn.Module, name: str, x: Tensor, dtype: torch.dtype) -> None:

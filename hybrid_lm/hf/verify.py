@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ for name in ("hybrid_lm", "pydantic", "einops"):
     sys.modules[name] = None
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, logging
+from transformers import AutoModelForCausalLM, GenerationConfig, logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(order["threads"])
@@ -49,8 +50,8 @@ model, info = AutoModelForCausalLM.from_pretrained(
 assert not info["missing_keys"], f"weights are missing: {info['missing_keys']}"
 model.eval()
 tokens = load_file(order["work"] + "/in.safetensors")["tokens"]
-# No id ends the continuation: its length is compared too.
-model.generation_config.eos_token_id = None
+# Greedy and nothing else: no id ends the continuation, whose length is compared too.
+model.generation_config = GenerationConfig()
 with torch.no_grad():
     logits = model(tokens).logits
     prompt = tokens[:, : order["prompt"]]
@@ -95,7 +96,12 @@ def verify_object(theirs: Any, model: HybridLM, *, native: float, cached: bool =
         asked = theirs if same else copy.deepcopy(theirs).to("cpu", dtype).eval()
         start = tokens[:, :prompt]
         how = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=cached)
-        made = asked.generate(start, attention_mask=torch.ones_like(start), generation_config=how)
+        # Greedy and nothing else: what the model's own settings say would be added to it.
+        own, asked.generation_config = asked.generation_config, GenerationConfig()
+        try:
+            made = asked.generate(start, attention_mask=torch.ones_like(start), generation_config=how)
+        finally:
+            asked.generation_config = own
         return {"logits": asked(tokens).logits, "new": made}
 
     return compare(ask, model, native=native)
@@ -121,6 +127,9 @@ def compare(
     largest = float(ours.abs().max())
     bound = SLACK * torch.finfo(dtype).eps * largest if native is None else native * max(1.0, largest)
     difference = float((theirs["logits"].to(dtype) - ours).abs().max())
+    if not math.isfinite(difference):
+        whose = "transformers" if largest < math.inf else "ours"
+        raise VerificationError(f"logits of {whose} are not finite: is there a NaN or an inf in the weights?")
     if not difference <= bound:
         raise VerificationError(
             f"it is not the same model: logits differ by {difference:.3g}, rounding explains {bound:.3g}"

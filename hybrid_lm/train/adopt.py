@@ -58,6 +58,11 @@ def adopt(
     cannot = f"cannot write the run's folder {run_dir}"
     with new_folder(run_dir, cannot) as new:
         source = read_data(config, new, console)
+        if source.vocab_size > (config.model.vocab_size or 0):
+            raise ValueError(
+                f"data.tokenizer has {source.vocab_size} entries, the model {config.model.vocab_size}; use "
+                "the one that the model was trained with"
+            )
         config = with_vocabulary(config, source.vocab_size)
         facts = identity(config, source)
         setup = Setup(config, run_dir, source, model, device, facts, None, secrets.token_hex(4))

@@ -185,7 +185,8 @@ def test_reshuffles_undo_each_other(how):
         ("llama", {"pretraining_tp": 2}, "llama: pretraining_tp = 2"),
         ("llama", {"rope_interleaved": True}, "llama: rope_interleaved = True"),
         ("qwen2", {"use_mrope": True}, "qwen2: use_mrope = True"),
-        ("llama", {"quantization_config": {"bits": 4}}, "llama: unknown field quantization_config"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantised checkpoints are not read"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: the model has no layers"),
         ("llama", {"is_encoder_decoder": True}, "llama: unknown field is_encoder_decoder"),
         (
             "llama",
@@ -339,6 +340,53 @@ def test_weights_that_do_not_belong_are_refused(tmp_path):
         else:
             with pytest.raises(ConversionError, match=message):
                 from_hf(tmp_path)
+
+
+def test_weights_that_are_no_numbers_of_a_model_are_refused(tmp_path):
+    theirs = native("llama", {**DECODER, "tie_word_embeddings": True})
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    key, head = "model.layers.1.mlp.up_proj.weight", stored["model.embed_tokens.weight"]
+    for changed, message in (
+        ({key: stored[key].to(torch.int8)}, f"{key} is torch.int8: quantised"),
+        ({key: stored[key].to(torch.float8_e4m3fn)}, "quantised weights are not read"),
+        ({"lm_head.weight": head + 1}, "lm_head.weight is not model.embed_tokens.weight, but tie_word"),
+        ({"lm_head.weight": head.clone()}, None),
+        ({key: torch.full_like(stored[key], torch.nan)}, "not finite: is there a NaN"),
+    ):
+        save_file({**stored, **changed}, path, {"format": "pt"})
+        if message is None:
+            from_hf(tmp_path, check=False)
+        else:
+            with pytest.raises(ValueError, match=message):
+                from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hidden_act": 3}, "'hidden_act' expected str, got int"),
+        ({"num_hidden_layers": "2"}, "'num_hidden_layers' expected int"),
+        ({"dtype": "float99"}, "float99"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+    ],
+)
+def test_a_damaged_configuration_is_one_message(tmp_path, changed, message):
+    native("llama", DECODER).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(ConversionError, match=f"it cannot be read: .*{message}"):
+        from_hf(tmp_path)
+
+
+def test_settings_for_generating_do_not_disturb_the_comparison():
+    theirs = native("llama", DECODER)
+    for key, value in (("eos_token_id", list(range(200))), ("num_beams", 3), ("no_repeat_ngram_size", 2)):
+        setattr(theirs.generation_config, key, value)
+    own = theirs.generation_config
+    from_hf(theirs)
+    assert theirs.generation_config is own
 
 
 def test_an_index_that_points_elsewhere_is_refused(tmp_path):

@@ -39,7 +39,10 @@ def checkpoint(tmp_path):
     model = native("llama", {**options, "eos_token_id": tokenizer.eot_id, "bos_token_id": 7})
     model.generation_config.do_sample, model.generation_config.top_k = True, 5
     model.to(torch.bfloat16).save_pretrained(tmp_path / "in")
-    tokenizer.to_hf(128).save_pretrained(tmp_path / "in")
+    hf = tokenizer.to_hf(128)
+    # As most published ones: specials in a text are specials.
+    hf.init_kwargs["split_special_tokens"] = hf.split_special_tokens = False
+    hf.save_pretrained(tmp_path / "in")
     return tmp_path
 
 
@@ -60,7 +63,13 @@ def test_in_train_eval_generate_and_out(checkpoint, here, capsys):
     assert (config["bos_token_id"], config["eos_token_id"]) == (7, 0)
     assert config["max_position_embeddings"] == 128
     assert json.loads((checkpoint / "out/generation_config.json").read_text())["top_k"] == 5
-    assert AutoTokenizer.from_pretrained(checkpoint / "out").model_max_length == 128
+    before, after = (AutoTokenizer.from_pretrained(checkpoint / name) for name in ("in", "out"))
+    assert after.model_max_length == 128
+    assert after.init_kwargs.keys() == before.init_kwargs.keys()
+    # Text with a special in it is the same tokens.
+    text = f"a{before.eos_token}b  c"
+    assert after(text).input_ids == before(text).input_ids
+    assert before.eos_token_id in after(text).input_ids
     # It is a run like any other.
     assert main(["eval", run, "--max-bytes", "2000"]) == 0
     assert main(["generate", run, "--prompt", "def ", "--max-new-tokens", "3"]) == 0

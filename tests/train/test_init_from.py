@@ -238,7 +238,7 @@ def test_shared_weights_stay_with_their_layers(make_config, text, tmp_path, quie
 
 def test_a_folder_that_is_no_model_is_one_message(make, base, text, tmp_path):
     for path, message in (
-        (str(tmp_path), "not a model folder"),
+        (str(tmp_path), "it cannot be read: Unrecognized model"),
         (str(tmp_path / "none" / "x" / "y"), "not a model folder or hub name that loads"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
