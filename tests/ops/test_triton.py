@@ -345,12 +345,15 @@ def test_where_it_does_not_run_it_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert triton_ssd.why_not("cuda") == "triton is not installed: pip install triton"
 
 
-def test_auto_takes_it_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_on_a_gpu_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_ssd, "_gpu", lambda: None)
     monkeypatch.setattr(triton_ssd, "find_spec", lambda name: True)
-    assert ops.select("auto", "cuda")["ssd"] == "triton"
-    monkeypatch.setattr(triton_ssd, "_gpu", lambda: "PyTorch sees no GPU")
+    assert ops.select({"ssd": "triton"}, "cuda")["ssd"] == "triton"
+    # Nobody gets it unasked before it has run on one.
     assert ops.select("auto", "cuda")["ssd"] == "torch"
+    monkeypatch.setattr(triton_ssd, "_gpu", lambda: "PyTorch sees no GPU")
+    with pytest.raises(ValueError, match="cannot run on cuda: PyTorch sees no GPU"):
+        ops.select({"ssd": "triton"}, "cuda")
 
 
 LIMITS = HERE.with_name("triton_limits.json")
