@@ -57,8 +57,8 @@ def to_hf(
 
     Args:
         tokenizer: gives the ids of end-of-text and padding.
-        format: `native:NAME`, a class of transformers with a copy of the weights, in the types in which it
-            loads them (its dynamics too are bfloat16 in a bfloat16 model; `export` writes float32); `remote`, a
+        format: `native:NAME`, a class of transformers with a copy of the weights in the types in which it
+            loads them (in a bfloat16 model A_log too, which `export` writes in float32); `remote`, a
             HybridLMForCausalLM around the model itself; `auto`: native if the architecture fits a class.
         max_length: longest sequence in tokens to advertise (`max_position_embeddings`); by default what
             learned positions allow, or nothing.
