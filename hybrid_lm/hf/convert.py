@@ -18,10 +18,10 @@ from hybrid_lm.data.optional import need
 from hybrid_lm.files import new_folder, replace_text
 from hybrid_lm.hf.bundle import CONFIGURATION, MODELING, bundle
 from hybrid_lm.hf.card import model_card
-from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.importing import Folder, described, family_of, local_folder, published, read_model, reading
 from hybrid_lm.hf.native import Target, choose, native_config, native_model
 from hybrid_lm.hf.native import save as save_native
+from hybrid_lm.hf.options import ConversionError
 from hybrid_lm.hf.origin import GENERATION, origin
 from hybrid_lm.hf.verify import disk_and_rust, verify, verify_object
 from hybrid_lm.model.build import build_model

@@ -12,15 +12,15 @@ from typing import Any
 from hybrid_lm.config.dump import architecture
 from hybrid_lm.config.pattern import canon
 from hybrid_lm.config.schema import ModelConfig
-from hybrid_lm.hf.fields import (
+from hybrid_lm.hf.fields import Rule
+from hybrid_lm.hf.layouts import Layout
+from hybrid_lm.hf.options import (
     Absent,
     Block,
     ConversionError,
     Fields,
     Item,
-    Layout,
     Options,
-    Rule,
     of_layer,
     shown,
     without_nulls,

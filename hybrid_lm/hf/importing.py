@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import ConversionError
+from hybrid_lm.hf.options import ConversionError
 from hybrid_lm.hf.weights import Placed
 from hybrid_lm.model.build import build_model
 from hybrid_lm.model.init import entries

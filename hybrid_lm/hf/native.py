@@ -14,8 +14,8 @@ from torch import Tensor
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.importing import INDEX, SINGLE
+from hybrid_lm.hf.options import ConversionError
 from hybrid_lm.hf.weights import Placed
 from hybrid_lm.model.init import entries
 from hybrid_lm.model.lm import HybridLM

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from hybrid_lm.config.schema import RunConfig, TextData
 from hybrid_lm.files import replace_text
-from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.importing import local_folder
+from hybrid_lm.hf.options import ConversionError
 
 FOLDER = "hf"
 """In the run's folder: config.json and generation_config.json as they came, and what the import measured."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_lm.hf.fields import Options
+from hybrid_lm.hf.options import Options
 
 Values = Mapping[str, Any]
 """Options of the layer that a tensor belongs to, and those of the model: `attention.n_heads`, `d_model`."""

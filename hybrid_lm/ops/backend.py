@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hybrid_lm.registry import unknown
 
-# Best first; `auto` takes the first one that can run. The Triton kernels have not run on a GPU yet: until they
-# have, they stand behind PyTorch, for those who ask for them.
+# Best first; `auto` takes the first one that can run. The Triton kernels have not run on a GPU yet: until
+# then they stand behind PyTorch, for those who ask for them.
 BACKENDS = ("native", "mamba_ssm", "fla", "torch", "triton", "reference")
 
 

@@ -137,7 +137,8 @@ def changed(changes):
         ),
         (
             {"d_ff: 128": "d_ff: 128, share: {copys: 2}"},
-            "run.yaml:7: model.layers.f.share.copys = 2: unknown key; known: copies, norms. Did you mean 'copies'?",
+            "run.yaml:7: model.layers.f.share.copys = 2: unknown key; known: copies, norms. "
+            "Did you mean 'copies'?",
         ),
         (
             {"d_ff: 128": "d_ff: 128, per_call: {out_proj: true}"},

@@ -19,9 +19,9 @@ from hybrid_lm.hf import convert
 from hybrid_lm.hf.convert import export, from_hf, to_hf
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.family import COMMON, FALSE, TOLERANCE, differences
-from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.importing import published
 from hybrid_lm.hf.native import choose, tensors_of
+from hybrid_lm.hf.options import ConversionError
 from hybrid_lm.hf.verify import verify_object
 from hybrid_lm.hf.weights import (
     BY_HEAD,

@@ -15,8 +15,8 @@ from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf.convert import from_hf, to_hf
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.family import TOLERANCE
-from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.native import choose
+from hybrid_lm.hf.options import ConversionError
 from hybrid_lm.hf.verify import verify_object
 from hybrid_lm.laws import shake
 from hybrid_lm.model.build import build_model

@@ -21,8 +21,8 @@ from hybrid_lm.config.schema import Config, ModelConfig
 from hybrid_lm.hf.convert import explicit, from_hf, to_hf
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.family import Family, differences, filled
-from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.native import choose
+from hybrid_lm.hf.options import ConversionError
 from hybrid_lm.hf.verify import verify_object
 from hybrid_lm.laws import shake
 from hybrid_lm.model.build import build_model

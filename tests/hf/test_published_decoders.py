@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from hybrid_lm.config.dump import architecture_hash
 from hybrid_lm.hf.families import FAMILIES
-from hybrid_lm.hf.fields import ConversionError
+from hybrid_lm.hf.options import ConversionError
 from hybrid_lm.layers import LAYERS
 
 COMMAND_R7B: dict[str, Any] = {

@@ -14,8 +14,8 @@ from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf.convert import from_hf, to_hf
 from hybrid_lm.hf.families import FAMILIES
 from hybrid_lm.hf.families.zamba import ALTERNATING, BY_MAMBA_HEAD, HEAD_MATRICES
-from hybrid_lm.hf.fields import ConversionError
 from hybrid_lm.hf.native import choose, native_config, save, tensors_of
+from hybrid_lm.hf.options import ConversionError
 from hybrid_lm.model.build import build_model
 
 BOUND = 2e-5

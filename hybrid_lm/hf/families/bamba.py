@@ -5,23 +5,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import (
-    Agrees,
-    Block,
-    ConversionError,
-    Derived,
-    Fields,
-    Layout,
-    Must,
-    Rope,
-    Rule,
-    Same,
-    Unused,
-    Whole,
-    block,
-)
+from hybrid_lm.hf.fields import Agrees, Derived, Must, Rule, Same, Unused, Whole
+from hybrid_lm.hf.layouts import Layout, block
+from hybrid_lm.hf.options import Block, ConversionError, Fields
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 

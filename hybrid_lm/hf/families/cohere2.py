@@ -1,9 +1,12 @@
 """Command R7B and A (Cohere 2): attention and MLP beside each other on one norm; layers with a window rotate
 neighbouring pairs, the others have no positions. Cohere 2025, arXiv:2504.00698."""
 
+from hybrid_lm.hf.attention_rules import Rope, WindowsByLayer
 from hybrid_lm.hf.families.llama import ATTENTION, ENDS, MLP, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Fields, Options, Rope, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Agrees, Same
+from hybrid_lm.hf.layouts import Uniform
+from hybrid_lm.hf.options import Fields, Options
 from hybrid_lm.hf.weights import row
 
 

@@ -4,23 +4,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import ACTS, ENDS
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import (
-    Agrees,
-    Block,
-    ConversionError,
-    Derived,
-    EitherChoice,
-    Fields,
-    Layout,
-    Must,
-    Options,
-    Rope,
-    Same,
-    Whole,
-    block,
-)
+from hybrid_lm.hf.fields import Agrees, Derived, EitherChoice, Must, Same, Whole
+from hybrid_lm.hf.layouts import Layout, block
+from hybrid_lm.hf.options import Block, ConversionError, Fields, Options
 from hybrid_lm.hf.weights import GATE_UP_STACKED, STACKED, linear, row
 
 

@@ -3,11 +3,14 @@ window, the others have no positions. LG AI Research 2025, arXiv:2507.11407."""
 
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope, WindowsByLayer
 from hybrid_lm.hf.families.cohere2 import rope_on_windows
 from hybrid_lm.hf.families.llama import SIZES, head_dim
 from hybrid_lm.hf.families.olmo2 import ROWS
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Fields, Options, Rope, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Same
+from hybrid_lm.hf.layouts import Uniform
+from hybrid_lm.hf.options import Fields, Options
 
 
 class Windows(WindowsByLayer):

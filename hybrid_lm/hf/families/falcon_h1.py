@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.bamba import (
     ATTENTION_ROWS,
     ENDS,
@@ -13,7 +14,9 @@ from hybrid_lm.hf.families.bamba import (
     clamps,
 )
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import ConversionError, Fields, Must, Options, Rope, Rule, Same, Uniform, Whole
+from hybrid_lm.hf.fields import Must, Rule, Same, Whole
+from hybrid_lm.hf.layouts import Uniform
+from hybrid_lm.hf.options import ConversionError, Fields, Options
 from hybrid_lm.hf.weights import row
 
 

@@ -2,7 +2,8 @@
 
 from hybrid_lm.hf.families.mamba import IGNORED, ROWS, RULES
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Same, Uniform
+from hybrid_lm.hf.fields import Same
+from hybrid_lm.hf.layouts import Uniform
 
 FAMILY = Family(
     name="falcon_mamba",

@@ -1,9 +1,11 @@
 """Gemma 2: norms of scale 1 + w before and behind each layer, scores and logits capped. Gemma Team 2024,
 arXiv:2408.00118."""
 
+from hybrid_lm.hf.attention_rules import Rope, ScaleOf, WindowsByLayer
 from hybrid_lm.hf.families.llama import ACTS, ATTENTION, ENDS, MLP, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Choice, Derived, Must, Rope, Rule, Same, ScaleOf, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Choice, Derived, Must, Rule, Same
+from hybrid_lm.hf.layouts import Uniform
 from hybrid_lm.hf.weights import row
 
 RULES: tuple[Rule, ...] = (

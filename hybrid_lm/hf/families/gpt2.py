@@ -2,7 +2,8 @@
 2019."""
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Choice, Derived, Must, Same, Uniform
+from hybrid_lm.hf.fields import Choice, Derived, Must, Same
+from hybrid_lm.hf.layouts import Uniform
 from hybrid_lm.hf.weights import FUSED, FUSED_TRANSPOSED, TRANSPOSED, Row, linear, row
 
 ACTS = {

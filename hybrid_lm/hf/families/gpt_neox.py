@@ -1,8 +1,10 @@
 """GPT-NeoX: attention and MLP beside each other, with a norm each (Pythia), or one after the other
 (RedPajama-INCITE). Black et al. 2022, arXiv:2204.06745."""
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Choice, Derived, Rope, Same, Switch
+from hybrid_lm.hf.fields import Agrees, Choice, Derived, Same
+from hybrid_lm.hf.layouts import Switch
 from hybrid_lm.hf.weights import BY_HEAD, linear, row
 
 ACTS = {

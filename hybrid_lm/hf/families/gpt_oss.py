@@ -4,10 +4,12 @@ SwiGLU. OpenAI 2025, arXiv:2508.10925; the class is `GptOssForCausalLM` of trans
 import torch
 from torch import Tensor
 
+from hybrid_lm.hf.attention_rules import Rope, WindowsByLayer
 from hybrid_lm.hf.families.llama import ATTENTION, ENDS
 from hybrid_lm.hf.families.mixtral import IGNORED, NORMS, SIZES
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Must, Rope, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Agrees, Must, Same
+from hybrid_lm.hf.layouts import Uniform
 from hybrid_lm.hf.weights import TRANSPOSED, each, row
 
 

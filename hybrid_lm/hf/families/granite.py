@@ -1,9 +1,11 @@
 """Granite: Llama with factors on embeddings, scores, residuals and logits. IBM 2024; the class is
 `GraniteForCausalLM` of transformers."""
 
+from hybrid_lm.hf.attention_rules import Rope, ScaleOf
 from hybrid_lm.hf.families.llama import ROWS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Inverse, Rope, Rule, Same, ScaleOf, Uniform
+from hybrid_lm.hf.fields import Inverse, Rule, Same
+from hybrid_lm.hf.layouts import Uniform
 
 MULTIPLIERS: tuple[Rule, ...] = (
     Same("embedding_multiplier", "embedding.multiplier"),

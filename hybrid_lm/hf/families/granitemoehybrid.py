@@ -4,6 +4,7 @@ factors. IBM 2025; the class is `GraniteMoeHybridForCausalLM` of transformers.""
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope, ScaleOf
 from hybrid_lm.hf.families.bamba import (
     ATTENTION_ROWS,
     HEADS,
@@ -14,22 +15,9 @@ from hybrid_lm.hf.families.bamba import (
 )
 from hybrid_lm.hf.families.llama import ENDS
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import (
-    Agrees,
-    Block,
-    ConversionError,
-    Fields,
-    Inverse,
-    Layout,
-    Must,
-    Options,
-    Rope,
-    Same,
-    ScaleOf,
-    Unused,
-    Whole,
-    block,
-)
+from hybrid_lm.hf.fields import Agrees, Inverse, Must, Same, Unused, Whole
+from hybrid_lm.hf.layouts import Layout, block
+from hybrid_lm.hf.options import Block, ConversionError, Fields, Options
 from hybrid_lm.hf.weights import fused, row
 
 KINDS = {"linear_attention": "mamba2", "full_attention": "attention"}

@@ -17,7 +17,9 @@ from hybrid_lm.config.dump import architecture
 from hybrid_lm.config.pattern import canon, expand
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.hf.family import Family, flat, nested
-from hybrid_lm.hf.fields import Block, ConversionError, Fields, Listed, Must, Options, block, listed
+from hybrid_lm.hf.fields import Must
+from hybrid_lm.hf.layouts import Listed, block
+from hybrid_lm.hf.options import Block, ConversionError, Fields, Options, listed
 from hybrid_lm.hf.weights import FUSED, Placed, Row, Transform, row, unrolled
 from hybrid_lm.registry import table
 

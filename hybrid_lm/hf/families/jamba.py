@@ -10,19 +10,9 @@ from typing import Any
 
 from hybrid_lm.hf.families.bamba import ATTENTION_ROWS, ENDS, HEADS, MLP_ROWS, with_attention
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import (
-    Agrees,
-    Block,
-    ConversionError,
-    Derived,
-    Either,
-    Fields,
-    Layout,
-    Must,
-    Same,
-    Whole,
-    block,
-)
+from hybrid_lm.hf.fields import Agrees, Derived, Either, Must, Same, Whole
+from hybrid_lm.hf.layouts import Layout, block
+from hybrid_lm.hf.options import Block, ConversionError, Fields
 from hybrid_lm.hf.weights import DEPTHWISE, GATE_UP_STACKED, STACKED, linear, row
 
 

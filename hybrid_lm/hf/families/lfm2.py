@@ -4,10 +4,13 @@ arXiv:2511.23404; the class is `Lfm2ForCausalLM` of transformers."""
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.bamba import with_attention
 from hybrid_lm.hf.families.llama import head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Block, Fields, Listed, Options, Rope, Rule, Same
+from hybrid_lm.hf.fields import Agrees, Rule, Same
+from hybrid_lm.hf.layouts import Listed
+from hybrid_lm.hf.options import Block, Fields, Options
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 

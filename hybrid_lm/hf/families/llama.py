@@ -1,8 +1,11 @@
 """Llama: grouped attention with rotary positions, SwiGLU, RMS norms before. Touvron et al. 2023,
 arXiv:2302.13971; the class is `LlamaForCausalLM` of transformers."""
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Choice, Fields, Must, Rope, Rule, Same, Uniform
+from hybrid_lm.hf.fields import Agrees, Choice, Must, Rule, Same
+from hybrid_lm.hf.layouts import Uniform
+from hybrid_lm.hf.options import Fields
 from hybrid_lm.hf.weights import linear, row
 
 ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}

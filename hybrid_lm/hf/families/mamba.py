@@ -1,7 +1,8 @@
 """Mamba: one selective state-space layer after the other. Gu & Dao 2023, arXiv:2312.00752."""
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Must, Rule, Same, Uniform
+from hybrid_lm.hf.fields import Agrees, Must, Rule, Same
+from hybrid_lm.hf.layouts import Uniform
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 RULES: tuple[Rule, ...] = (

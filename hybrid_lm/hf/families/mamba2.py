@@ -3,7 +3,9 @@
 import math
 
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Derived, Fields, Must, Same, Uniform, Whole
+from hybrid_lm.hf.fields import Agrees, Derived, Must, Same, Whole
+from hybrid_lm.hf.layouts import Uniform
+from hybrid_lm.hf.options import Fields
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 

@@ -1,8 +1,10 @@
 """Mistral: Llama with a window on every layer or on none. Jiang et al. 2023, arXiv:2310.06825."""
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import ROWS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Rope, Same, Uniform
+from hybrid_lm.hf.fields import Same
+from hybrid_lm.hf.layouts import Uniform
 
 FAMILY = Family(
     name="mistral",

@@ -1,9 +1,11 @@
 """Mixtral: Mistral with a mixture of experts in the place of each MLP. Jiang et al. 2024,
 arXiv:2401.04088."""
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import ACTS, ATTENTION, ENDS, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Choice, Must, Rope, Rule, Same, Uniform
+from hybrid_lm.hf.fields import Choice, Must, Rule, Same
+from hybrid_lm.hf.layouts import Uniform
 from hybrid_lm.hf.weights import GATE_UP_STACKED, STACKED, row
 
 SIZES: tuple[Rule, ...] = (

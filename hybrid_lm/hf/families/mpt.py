@@ -7,7 +7,9 @@ The class makes its table of penalties `max_seq_len` long and cannot go beyond i
 from typing import Any
 
 from hybrid_lm.hf.family import COMMON, Family
-from hybrid_lm.hf.fields import ConversionError, Derived, Fields, Must, Options, Rule, Same, Uniform, shown
+from hybrid_lm.hf.fields import Derived, Must, Rule, Same
+from hybrid_lm.hf.layouts import Uniform
+from hybrid_lm.hf.options import ConversionError, Fields, Options, shown
 from hybrid_lm.hf.weights import FUSED, row
 
 QKV = ("attention:layer.q_proj", "attention:layer.k_proj", "attention:layer.v_proj")

@@ -12,20 +12,9 @@ from typing import Any
 from hybrid_lm.hf.families.bamba import with_attention
 from hybrid_lm.hf.families.llama import ACTS
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import (
-    Agrees,
-    Block,
-    Choice,
-    ConversionError,
-    Derived,
-    Fields,
-    Listed,
-    Must,
-    Options,
-    Rule,
-    Same,
-    Whole,
-)
+from hybrid_lm.hf.fields import Agrees, Choice, Derived, Must, Rule, Same, Whole
+from hybrid_lm.hf.layouts import Listed
+from hybrid_lm.hf.options import Block, ConversionError, Fields, Options
 from hybrid_lm.hf.weights import DEPTHWISE, STACKED, linear, row
 
 RELU2 = {"relu2": "relu2", **ACTS}

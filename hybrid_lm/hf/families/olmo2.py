@@ -1,9 +1,11 @@
 """OLMo 2: norms behind attention and MLP, and over all queries and keys. OLMo et al. 2024,
 arXiv:2501.00656."""
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import ATTENTION, ENDS, MLP, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Rope, Same, Uniform
+from hybrid_lm.hf.fields import Same
+from hybrid_lm.hf.layouts import Uniform
 from hybrid_lm.hf.weights import row
 
 FIXED = {"block.placement": "post", "attention.qk_norm": "full"}

@@ -1,10 +1,12 @@
 """OLMo 3: OLMo 2 with windows on most layers, and wavelengths of their own where there are none. Team OLMo
 2025, arXiv:2512.13961."""
 
+from hybrid_lm.hf.attention_rules import RopeByType, WindowsByLayer
 from hybrid_lm.hf.families.llama import SIZES, head_dim
 from hybrid_lm.hf.families.olmo2 import FIXED, ROWS
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import RopeByType, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Same
+from hybrid_lm.hf.layouts import Uniform
 
 FAMILY = Family(
     name="olmo3",

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import ATTENTION, ENDS, MLP, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Fields, Listed, Must, Options, Rope, Rule, Same
+from hybrid_lm.hf.fields import Must, Rule, Same
+from hybrid_lm.hf.layouts import Listed
+from hybrid_lm.hf.options import Fields, Options
 from hybrid_lm.hf.weights import Transform, Values, row
 
 

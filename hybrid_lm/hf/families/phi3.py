@@ -7,9 +7,12 @@ its tokens, and computes it again when a continuation comes to that length; ours
 
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import ENDS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Options, Rope, Same, Uniform
+from hybrid_lm.hf.fields import Agrees, Same
+from hybrid_lm.hf.layouts import Uniform
+from hybrid_lm.hf.options import Options
 from hybrid_lm.hf.weights import FUSED, row
 
 

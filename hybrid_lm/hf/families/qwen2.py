@@ -1,9 +1,11 @@
 """Qwen2: Llama with biases of queries, keys and values, and windows on some layers. Yang et al. 2024,
 arXiv:2407.10671."""
 
+from hybrid_lm.hf.attention_rules import Rope, WindowsByLayer
 from hybrid_lm.hf.families.llama import ROWS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Rope, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Agrees, Same
+from hybrid_lm.hf.layouts import Uniform
 
 FAMILY = Family(
     name="qwen2",

@@ -1,8 +1,10 @@
 """Qwen3: Qwen2 with norms of each head's queries and keys. Yang et al. 2025, arXiv:2505.09388."""
 
+from hybrid_lm.hf.attention_rules import Rope, WindowsByLayer
 from hybrid_lm.hf.families.llama import ROWS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Rope, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Same
+from hybrid_lm.hf.layouts import Uniform
 from hybrid_lm.hf.weights import row
 
 QK_NORMS = (

@@ -3,10 +3,12 @@ arXiv:2412.06464; the class is `Qwen3_5ForCausalLM` of transformers."""
 
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import ENDS, MLP
 from hybrid_lm.hf.families.nemotron_h import WithAttention
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Agrees, Fields, Must, Options, Rope, Rule, Same
+from hybrid_lm.hf.fields import Agrees, Must, Rule, Same
+from hybrid_lm.hf.options import Fields, Options
 from hybrid_lm.hf.weights import BY_HEAD, DEPTHWISE, FUSED, fused, linear, row
 
 

@@ -3,23 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import ACTS, ATTENTION, ENDS, MLP
 from hybrid_lm.hf.families.mixtral import IGNORED, NORMS, SIZES
 from hybrid_lm.hf.families.qwen3 import QK_NORMS
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import (
-    Block,
-    ConversionError,
-    EitherChoice,
-    Fields,
-    Layout,
-    Options,
-    Rope,
-    Rule,
-    Same,
-    block,
-    shown,
-)
+from hybrid_lm.hf.fields import EitherChoice, Rule, Same
+from hybrid_lm.hf.layouts import Layout, block
+from hybrid_lm.hf.options import Block, ConversionError, Fields, Options, shown
 from hybrid_lm.hf.weights import GATE_UP_STACKED, STACKED, row
 
 

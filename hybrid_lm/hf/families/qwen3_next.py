@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.bamba import with_attention
 from hybrid_lm.hf.families.llama import ENDS, MLP
 from hybrid_lm.hf.families.mixtral import IGNORED
 from hybrid_lm.hf.families.qwen3_5_text import ATTENTION, DELTA, FIXED, NORMS, ROUGH, SIZES
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import Block, ConversionError, Fields, Layout, Rope, Same, block, listed
+from hybrid_lm.hf.fields import Same
+from hybrid_lm.hf.layouts import Layout, block
+from hybrid_lm.hf.options import Block, ConversionError, Fields, listed
 from hybrid_lm.hf.weights import GATE_UP_STACKED, STACKED, Transform, Values, row
 
 MIXERS = {"linear_attention": "gated_deltanet", "full_attention": "attention"}

@@ -9,25 +9,13 @@ from typing import Any
 
 import torch
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.bamba import with_attention
 from hybrid_lm.hf.families.llama import head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import (
-    Agrees,
-    Block,
-    ConversionError,
-    Derived,
-    Either,
-    Fields,
-    Layout,
-    Must,
-    Options,
-    Rope,
-    Same,
-    Whole,
-    block,
-    listed,
-)
+from hybrid_lm.hf.fields import Agrees, Derived, Either, Must, Same, Whole
+from hybrid_lm.hf.layouts import Layout, block
+from hybrid_lm.hf.options import Block, ConversionError, Fields, Options, listed
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 KINDS = {"recurrent": block("rg_lru mlp"), "attention": block("attention mlp")}

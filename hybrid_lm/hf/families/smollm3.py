@@ -3,9 +3,12 @@ arXiv:2501.18795."""
 
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope, WindowsByLayer
 from hybrid_lm.hf.families.llama import ROWS, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import ConversionError, Fields, Options, Rope, Rule, Same, Uniform, WindowsByLayer
+from hybrid_lm.hf.fields import Rule, Same
+from hybrid_lm.hf.layouts import Uniform
+from hybrid_lm.hf.options import ConversionError, Fields, Options
 
 
 class WithoutPositions(Rule):

@@ -3,20 +3,12 @@ other, or beside each other on one norm. Bellagente et al. 2024, arXiv:2402.1783
 
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.llama import ATTENTION, MLP, SIZES, head_dim
 from hybrid_lm.hf.family import Family
-from hybrid_lm.hf.fields import (
-    Agrees,
-    Choice,
-    ConversionError,
-    Derived,
-    Fields,
-    Options,
-    Rope,
-    Rule,
-    Same,
-    Switch,
-)
+from hybrid_lm.hf.fields import Agrees, Choice, Derived, Rule, Same
+from hybrid_lm.hf.layouts import Switch
+from hybrid_lm.hf.options import ConversionError, Fields, Options
 from hybrid_lm.hf.weights import STACKED, linear, row
 
 

@@ -4,20 +4,11 @@ arXiv:2411.15242; the class is `Zamba2ForCausalLM` of transformers."""
 import math
 from typing import Any
 
+from hybrid_lm.hf.attention_rules import Rope
 from hybrid_lm.hf.families.injected import Hybrid, Injected, Tied, half_scale
 from hybrid_lm.hf.families.llama import ACTS
-from hybrid_lm.hf.fields import (
-    Agrees,
-    Choice,
-    ConversionError,
-    Derived,
-    Fields,
-    Options,
-    Rope,
-    Rule,
-    Same,
-    Whole,
-)
+from hybrid_lm.hf.fields import Agrees, Choice, Derived, Rule, Same, Whole
+from hybrid_lm.hf.options import ConversionError, Fields, Options
 from hybrid_lm.hf.weights import DEPTHWISE, linear, row
 
 
