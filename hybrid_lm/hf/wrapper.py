@@ -126,8 +126,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         """As every class; parameters that are not learned by gradients stay so."""
         loaded = super().from_pretrained(*args, **kwargs)
         made = loaded[0] if isinstance(loaded, tuple) else loaded
-        with torch.device("meta"):
-            fresh = build_model(made.config.model_config(), weights=False)
+        fresh = build_model(made.config.model_config(), weights=False)
         for name, parameter in fresh.named_parameters():
             if not parameter.requires_grad:
                 made.model.get_parameter(name).requires_grad_(False)
@@ -138,14 +137,21 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         self._after_a_step()
         return super().save_pretrained(*args, **kwargs)
 
+    def _version(self) -> int:
+        # A step of any optimizer writes into the weights, and that tells.
+        return sum(parameter._version for parameter in self.parameters() if parameter.requires_grad)
+
     @torch.compiler.disable()
     def _after_a_step(self) -> None:
-        # Moves the corrections of experts (`balance: bias`) by what the passes of a step have seen. A step of
-        # any optimizer writes into the weights, and their version tells.
-        version = sum(parameter._version for parameter in self.parameters() if parameter.requires_grad)
-        if version != self.weighed:
+        # Moves the corrections of experts (`balance: bias`) by what the passes of a step have seen.
+        if self._version() != self.weighed:
             rebalance(self.passes)
-            self.passes, self.weighed = [], version
+            self.passes = []
+
+    @torch.compiler.disable()
+    def _count(self, added: Auxiliary) -> None:
+        self.passes.append(Auxiliary([], [*added.loads]))
+        self.weighed = self._version()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         # Called for modules that a checkpoint left incomplete, and for what transformers adds. A parameter's
@@ -219,7 +225,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states = self.config.output_hidden_states
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         added = Auxiliary([], []) if labels is not None and self.training else None
-        if added is not None:
+        if added is not None and self.passes:
             self._after_a_step()
         x, _ = self.model.features(
             input_ids,
@@ -239,7 +245,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
             if added is not None and any(load.rate for load in added.loads):
-                self.passes.append(Auxiliary([], [*added.loads]))
+                self._count(added)
             if added is not None and added.terms:
                 loss = loss + balance_loss(self.model, added, labels, kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(
