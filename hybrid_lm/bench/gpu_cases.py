@@ -20,7 +20,7 @@ from hybrid_lm.bench import gpu_peers as peers
 from hybrid_lm.bench.gpu_peers import Inputs, Way
 from hybrid_lm.bench.measure import Candidate
 from hybrid_lm.ops import causal_conv1d, selective_scan, ssd
-from hybrid_lm.ops.backend import report
+from hybrid_lm.ops.backend import EXTERNAL, report
 from hybrid_lm.ops.native.mamba2_step import mamba2_step, new_tickets, no_mamba2_step
 
 COPY = 4.3e12
@@ -75,9 +75,10 @@ class GpuCase:
 
 
 def able(op: str, device: str) -> list[str]:
-    """Our backends of an op that run on a device, the one that `auto` takes first; no reference."""
+    """Our backends of an op that run on a device, the one that `auto` takes first; neither the reference nor
+    the packages of others, which are peers here."""
     rows = [row for row in report(device) if row.op == op and row.why_not is None]
-    kept = [row for row in rows if row.backend != "reference"]
+    kept = [row for row in rows if row.backend not in ("reference", *EXTERNAL)]
     return [row.backend for row in sorted(kept, key=lambda row: not row.chosen)]
 
 

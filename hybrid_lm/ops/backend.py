@@ -19,9 +19,11 @@ from torch import Tensor
 
 from hybrid_lm.registry import unknown
 
+# The packages of others that `ops/external` calls.
+EXTERNAL = ("mamba_ssm", "causal_conv1d", "fla")
 # Best first; `auto` takes the first one that can run. The Triton kernels have not run on a GPU yet: until
 # then they stand behind PyTorch, for those who ask for them.
-BACKENDS = ("native", "mamba_ssm", "fla", "torch", "triton", "reference")
+BACKENDS = ("native", "mamba_ssm", "causal_conv1d", "fla", "torch", "triton", "reference")
 
 
 @dataclass(frozen=True)
