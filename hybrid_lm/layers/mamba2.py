@@ -14,7 +14,7 @@ from hybrid_lm.config.base import Positive
 from hybrid_lm.layers.base import Context, Layer, LayerOptions
 from hybrid_lm.layers.parts import Linear, ones
 from hybrid_lm.layers.ssm import SSMState, check_dt, conv_start, dt_bias_start, log_uniform_A
-from hybrid_lm.ops import causal_conv1d, gated_rms_norm, ssd
+from hybrid_lm.ops import mamba2_mixer
 
 Factors = Annotated[tuple[float, float, float, float, float], Field(strict=False)]
 """Of z, x, B, C and dt."""
@@ -139,42 +139,28 @@ class Mamba2(Layer):
     def forward(self, x: Tensor, state: SSMState | None, ctx: Context) -> tuple[Tensor, SSMState | None]:
         o = self.options
         z, xBC, dt = self.projected(x, ctx).split([self.d_inner, self.d_xBC, self.n_heads], -1)
-        xBC, conv = causal_conv1d(
+        y, conv, ssm = mamba2_mixer(
             xBC,
-            self.conv_weight,
-            self.conv_bias,
-            activation="silu",
-            initial=None if state is None else state.conv,
-            reset=ctx.reset,
-            donate=True,
-            backend=ctx.backends.get("causal_conv1d"),
-        )
-        u, B, C = xBC.split([self.d_inner, o.n_groups * o.d_state, o.n_groups * o.d_state], -1)
-        y, ssm = ssd(
-            u.unflatten(-1, (self.n_heads, o.head_dim)),
+            z,
             dt,
             -torch.exp(self.A_log),
-            B.unflatten(-1, (o.n_groups, o.d_state)),
-            C.unflatten(-1, (o.n_groups, o.d_state)),
+            self.conv_weight,
+            self.conv_bias,
+            self.norm_weight,
             D=self.D,
             dt_bias=self.dt_bias,
-            dt_softplus=True,
             dt_limit=o.dt_limit,
+            groups=o.n_groups,
+            eps=o.norm_eps,
+            order=o.norm,
+            conv=None if state is None else state.conv,
             initial=None if state is None else state.ssm,
             reset=ctx.reset,
             chunk=o.chunk,
             donate=True,
-            backend=ctx.backends.get("ssd"),
-        )
-        y = y.flatten(-2)
-        y = gated_rms_norm(
-            y,
-            z,
-            self.norm_weight,
-            eps=o.norm_eps,
-            groups=o.n_groups,
-            order=o.norm,
-            backend=ctx.backends.get("gated_rms_norm"),
+            once=ctx.once,
+            backends=ctx.backends,
+            backend=ctx.backends.get("mamba2_mixer"),
         )
         y = self.out_proj(y, ctx)
         y = y if o.out_multiplier == 1.0 else y * o.out_multiplier

@@ -14,6 +14,7 @@ from hybrid_lm.ops.grouped_linear import grouped_linear
 from hybrid_lm.ops.linear import linear
 from hybrid_lm.ops.linear_recurrence import linear_recurrence
 from hybrid_lm.ops.loss import TokenLoss, linear_cross_entropy
+from hybrid_lm.ops.mamba2_mixer import mamba2_mixer
 from hybrid_lm.ops.norm import gated_rms_norm, rms_norm
 from hybrid_lm.ops.rope import apply_rope, rope_table
 from hybrid_lm.ops.selective_scan import selective_scan
@@ -31,6 +32,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_recurrence",
+    "mamba2_mixer",
     "native",
     "report",
     "rms_norm",

@@ -44,6 +44,7 @@ class Row(NamedTuple):
 
 
 _OPS: dict[str, dict[str, Implementation]] = {}
+_PARTS: dict[str, tuple[str, ...]] = {}
 
 
 def _everywhere(device: str) -> str | None:
@@ -78,14 +79,17 @@ def define(
     *,
     reference: Callable[..., Any],
     torch: Callable[..., Any],
+    parts: tuple[str, ...] = (),
 ) -> Callable[[str | None, Tensor], Callable[..., Any]]:
     """Enter an op in the table.
 
     Returns `pick(backend, tensor)`, which the public function calls to get the implementation;
-    `backend=None` means the best available one for the tensor's device.
+    `backend=None` means the best available one for the tensor's device. `parts`: the ops that this one is
+    made of. Its `torch` form runs each on its own backend; its kernels stand for them.
     """
     register(op, "reference", run=reference)
     register(op, "torch", run=torch)
+    _PARTS[op] = parts
 
     def pick(backend: str | None, tensor: Tensor) -> Callable[..., Any]:
         device = tensor.device.type
@@ -133,7 +137,18 @@ def select(requested: str | Mapping[str, str] = "auto", device: str = "cpu") -> 
             problems.setdefault(f"backend {backend!r} cannot run on {device}: {reason}", []).append(op)
     if problems:
         raise ValueError("; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in problems.items()))
-    return {op: default_backend(op, device) if b == "auto" else b for op, b in wanted.items()}
+    return {op: _whole(op, wanted, device) if b == "auto" else b for op, b in wanted.items()}
+
+
+def _whole(op: str, wanted: Mapping[str, str], device: str) -> str:
+    """What `auto` means for an op: where some of its parts were asked for by name, a kernel of that name, or
+    the parts as they were asked for."""
+    asked = {wanted[part] for part in _PARTS.get(op, ())} - {"auto"}
+    if not asked:
+        return default_backend(op, device)
+    kernels = asked - {"torch", "reference"}
+    name = next(iter(asked)) if len(asked) == 1 and kernels else "torch"
+    return name if name in _OPS[op] and _OPS[op][name].why_not(device) is None else "torch"
 
 
 def report(device: str = "cpu", chosen: Mapping[str, str] | None = None) -> list[Row]:

@@ -20,6 +20,7 @@ NAMES = (
     "linear",
     "linear_cross_entropy",
     "linear_recurrence",
+    "mamba2_mixer",
     "rms_norm",
     "selective_scan",
     "ssd",
@@ -40,7 +41,8 @@ def test_auto_takes_the_best_that_can_run(monkeypatch: pytest.MonkeyPatch, why_n
     assert set(ops.select("reference").values()) == {"reference"}
     assert ops.select({"ssd": "reference"}) == best | {"ssd": "reference"}
     rows = [r for r in ops.report() if r.backend == "native"]
-    assert {r.op: r.why_not for r in rows} == dict.fromkeys(NATIVE, why_not)
+    steps = {"mamba2_mixer": "there is no kernel for one token on cpu"}
+    assert {r.op: r.why_not for r in rows} == dict.fromkeys(NATIVE, why_not) | steps
 
 
 def test_a_native_library_that_is_missing_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +57,7 @@ def test_a_native_library_that_is_missing_is_refused_with_the_reason(monkeypatch
 @pytest.mark.parametrize(
     ("requested", "message"),
     [
-        ("fla", "ssd: backend 'fla' cannot run on cpu: this version has no fla kernel for it"),
+        ("fla", "mamba2_mixer: backend 'fla' cannot run on cpu: this version has no fla kernel for it"),
         (
             "native",
             "linear_recurrence, linear_cross_entropy: backend 'native' cannot run on cpu: this version",

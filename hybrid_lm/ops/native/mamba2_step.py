@@ -17,6 +17,8 @@ declare(
 operators = torch.ops.hybrid_lm_native
 # Devices that have the kernel. The CPU's ops for one token are its kernels already.
 DEVICES = {"cuda"}
+# Taps of a convolution that it has room for: STEP_TAPS of csrc/cuda/step.h.
+TAPS = 16
 
 
 def no_mamba2_step(device: str) -> str | None:

@@ -3,6 +3,6 @@
 Importing this enters them in the table of `ops.backend`; triton itself is imported when one first runs.
 """
 
-from hybrid_lm.ops.triton import ssd
+from hybrid_lm.ops.triton import mamba2_mixer, ssd
 
-__all__ = ["ssd"]
+__all__ = ["mamba2_mixer", "ssd"]
