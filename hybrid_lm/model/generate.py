@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hybrid_lm.model.decode import Decoder
 from hybrid_lm.model.lm import HybridLM, ModelState
+
+RECORDED = 16
+"""New tokens from which on a recording of the step is worth its time, which is that of some steps."""
 
 
 @dataclass
@@ -92,9 +96,10 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[list[int]]:
     """The next token of every prompt, step after step: lists of b tokens. What the caller ignores is not
-    undone."""
+    undone. `decoder`: one of this model to go on with; it keeps what it has recorded from call to call."""
     check_sampling(model, max_new_tokens, temperature, top_k, top_p, max(map(len, prompts), default=0))
     device = model.embed.weight.device
     training = model.training
@@ -103,12 +108,17 @@ def stream(
     tokens, docs = pad_left(prompts, device)
     state = model.empty_state(len(prompts), max_tokens=tokens.shape[1] + max_new_tokens)
     logits = prefill(model, tokens, state=state, doc_ids=docs)
+    if decoder is None and max_new_tokens >= RECORDED:
+        decoder = Decoder(model)
     try:
         for step in range(max_new_tokens):
             chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, rng=rng)
             yield chosen.tolist()
             if step + 1 < max_new_tokens:
-                logits = model(chosen[:, None], state=state).logits[:, -1]
+                if decoder is None:
+                    logits = model(chosen[:, None], state=state).logits[:, -1]
+                else:
+                    logits = decoder.step(chosen, state)
     finally:
         model.train(training)
 
@@ -126,6 +136,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     on_token: Callable[[int, int, str | None], None] | None = None,
+    decoder: Decoder | None = None,
 ) -> list[Generation]:
     """Continues every prompt (a list of tokens) by at most `max_new_tokens` tokens.
 
@@ -137,6 +148,7 @@ def generate(
         on_token: called as tokens come, `(row, token, new text)`; the text, with `decode`, is held back while
         it could
             still become a stop string or an unfinished character.
+        decoder: see `stream`; by default one of its own, for this call.
     """
     if stop_strings and decode is None:
         raise ValueError("stop_strings need `decode`, a function from tokens to text")
@@ -146,7 +158,7 @@ def generate(
     open_rows = set(range(len(done)))
     printed = [0] * len(done)
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    for step in stream(model, prompts, max_new_tokens=max_new_tokens, **how):
+    for step in stream(model, prompts, max_new_tokens=max_new_tokens, decoder=decoder, **how):
         for row in sorted(open_rows):
             result, token = done[row], step[row]
             if token in stop_tokens:

@@ -226,7 +226,7 @@ class HybridLM(Module):
         start = None if state is None else state.position
         if positions is None:
             positions = count_positions(b, t, reset, start, rows.device)
-        self._check_length(positions, (0 if state is None else state.seen) + t)
+        self.check_length(positions, (0 if state is None else state.seen) + t)
         return Context(positions, doc_ids, reset, backends=self.backends)
 
     def _document_before(self, doc_ids: Tensor, state: ModelState | None) -> Tensor:
@@ -235,7 +235,8 @@ class HybridLM(Module):
             return torch.full_like(doc_ids[:, :1], -1)
         return torch.ones_like(doc_ids[:, :1]) if state.doc is None else state.doc[:, None]
 
-    def _check_length(self, positions: Tensor, seen: int) -> None:
+    def check_length(self, positions: Tensor, seen: int) -> None:
+        """ValueError for positions that the model has not learned; `seen`: no document can be longer."""
         limit = self.config.embedding.max_positions if self.embed_positions is not None else None
         # Positions are at most the tokens read, so that a look at the data is needed only beyond the limit.
         if limit is not None and seen > limit and int(positions.max()) >= limit:

@@ -56,8 +56,9 @@ def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
         begin = end
 
 
-# A loop over groups whose sizes are in a tensor is no graph: to torch.compile it is one operator.
-@torch.library.custom_op("hybrid_lm::grouped_products", mutates_args=())
+# A loop over groups whose sizes are in a tensor is no graph: to torch.compile it is one operator, and CUDA
+# graphs have to do without it.
+@torch.library.custom_op("hybrid_lm::grouped_products", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 @full_precision
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     y = x.new_empty(len(x), weight.shape[1])
@@ -69,7 +70,9 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> T
     return y
 
 
-@torch.library.custom_op("hybrid_lm::grouped_products_backward", mutates_args=())
+@torch.library.custom_op(
+    "hybrid_lm::grouped_products_backward", mutates_args=(), tags=torch.Tag.cudagraph_unsafe
+)
 @full_precision
 def _products_backward(
     grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor
