@@ -33,7 +33,8 @@ class Launches:
 
 
 def machine_code(name: str, arguments: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, int]:
-    """Registers, bytes of stack and of shared memory, products on tensor cores, and all instructions."""
+    """Registers, bytes of stack and of shared memory, products on tensor cores and all instructions; of the
+    longest loop its instructions, and which of them go to the stack or wait for other warps."""
     kernel = getattr(ssd_kernels, name)
     options = {k: settings.pop(k) for k in ("num_warps", "num_stages")}
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | settings
@@ -55,13 +56,29 @@ def machine_code(name: str, arguments: tuple[Any, ...], settings: dict[str, Any]
             for what in ("resource-usage", "sass")
         )
     numbers = {key: int(re.search(rf"{key}:(\d+)", use)[1]) for key in ("REG", "STACK")}  # type: ignore[index]
+    lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", code)]
+    loop = longest_loop(lines)
     return {
         "registers": numbers["REG"],
         "stack": numbers["STACK"],
         "shared": made.metadata.shared,
-        "wgmma": len(re.findall(r"\bHGMMA\b", code)),
-        "instructions": len(re.findall(r"/\*[0-9a-f]{4,5}\*/", code)),
+        "wgmma": sum("HGMMA" in line for _, line in lines),
+        "instructions": len(lines),
+        "loop": len(loop),
+        "loop_stack": sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop),
+        "loop_barriers": sum("BAR.SYNC" in line for line in loop),
     }
+
+
+def longest_loop(lines: list[tuple[int, str]]) -> list[str]:
+    """The instructions between the jump that goes farthest back and where it goes."""
+    back = [(0, 0)]
+    for at, line in lines:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", line)
+        if target and int(target[1], 16) < at:
+            back.append((int(target[1], 16), at))
+    start, end = max(back, key=lambda jump: jump[1] - jump[0])
+    return [line for at, line in lines if start <= at < end]
 
 
 def described(value: Any, constant: bool) -> tuple[str, bool]:

@@ -1,10 +1,12 @@
 """The Triton backend of SSD: the operators, their shapes and gradients, and how the kernels are launched.
 
-Forward, one program per head (and block of its channels) walks the sequence with the state on chip: nothing
-but x, dt, B, C and y touches memory. With too few heads for the device, a first pass leaves the state at
-every `span`-th chunk, and the second works on all spans at once. The backward pass keeps nothing from the
-forward one: it walks the states forward, their gradients backward, and then takes all chunks at once; heads
-that share B and C are summed in order by the program that has them. No sum depends on timing.
+A first kernel, small, turns dt into steps and decays, which every other one would compute again for every
+block of channels. Forward, one program per head (and block of its channels) then walks the sequence with the
+state on chip: nothing but x, the steps, B, C and y touches memory. With too few heads for the device, a pass
+before that leaves the state at every `span`-th chunk, and the second works on all spans at once. The backward
+pass keeps nothing from the forward one: it walks the states forward, their gradients backward, and then takes
+all chunks at once; heads that share B and C are summed in order by the program that has them. No sum depends
+on timing.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from hybrid_lm.ops.triton.tuning import Choice, best, interpreted, on_device_of
 MAX_P, MAX_N = 128, 256
 # Numbers of a state that one program keeps on chip while it walks.
 ROOM = 64 * 128
+# Heads whose steps one program takes: the fewest that fill the smallest piece of memory, 32 bytes, in bf16.
+BH = 16
 # Programs that keep a large GPU busy (132 multiprocessors, two programs each).
 ENOUGH = 264
 
@@ -260,27 +264,56 @@ def _flag(reset: Tensor | None, like: Tensor) -> Tensor:
     return like if reset is None else reset.contiguous().view(torch.uint8)
 
 
+class Steps(NamedTuple):
+    """What `steps_kernel` makes of dt: planes (planes b h chunks*Q), and the documents (b chunks*Q)."""
+
+    planes: Tensor
+    document: Tensor
+    has_reset: bool
+
+    @property
+    def plane(self) -> int:
+        """Numbers of one plane."""
+        return self.planes[0].numel()
+
+
+def _steps(
+    dt: Tensor, A: Tensor, dt_bias: Tensor | None, reset: Tensor | None, options: dict[str, Any],
+    s: Shape, types: dict[str, Any], kind: torch.dtype, planes: int,
+) -> Steps:  # fmt: skip
+    """Everything of the steps that every channel of a head would compute again: under 2% of x's bytes."""
+    made = A.new_empty((planes, s.b, s.h, s.chunks * s.Q), dtype=kind)
+    has_reset = reset is not None
+    document = torch.empty((s.b, s.chunks * s.Q), dtype=torch.int32, device=A.device) if has_reset else made
+    steps = Steps(made, document, has_reset)
+    with on_device_of(A):
+        kernels().steps_kernel[(s.chunks, -(-s.h // BH), s.b)](
+            dt, A, dt_bias, _flag(reset, A), made, document, s.t, s.h, steps.plane, *dt.stride(),
+            **options, PLANES=planes, Q=s.Q, BH=BH, WIDE=types["WIDE"], num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return steps
+
+
 # The pointers that the kernels take for a convolution, and what they are compiled for.
 Convolution = tuple[tuple[Tensor | None, ...], dict[str, Any]]
 NO_CONVOLUTION: Convolution = ((None,) * 4, {"HAS_CBIAS": False, "HAS_WINDOW": False, "W": 0})
 
 
 def _walk(
-    v: Tensor, u: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, reset: Tensor | None,
-    start: Tensor | None, kept: Tensor, span: int, reverse: bool,
-    s: Shape, types: dict[str, Any], options: dict[str, Any], conv: Convolution = NO_CONVOLUTION,
+    v: Tensor, u: Tensor, steps: Steps, start: Tensor | None, kept: Tensor, span: int, reverse: bool,
+    s: Shape, types: dict[str, Any], conv: Convolution = NO_CONVOLUTION,
 ) -> Tensor:  # fmt: skip
-    """The state at the end of a walk (b h p n), and into `kept` (b h spans n p) that at every span."""
-    end = A.new_empty((s.b, s.h, s.p, s.n), dtype=wide(v))
+    """The state at the end of a walk (b h p n), and into `kept` (b h spans p n) that at every span."""
+    end = v.new_empty((s.b, s.h, s.p, s.n), dtype=wide(v))
 
     def launch(choice: Choice) -> None:
         BN, BP = min(choice.BN, s.BN), min(choice.BP, s.BP)
         kernels().states_kernel[(s.b * s.h, -(-s.p // BP), -(-s.n // BN))](
-            v, u, dt, A, dt_bias, _flag(reset, v), start, kept, end, *conv[0],
-            s.t, s.h, s.p, s.n, s.heads, kept.shape[2], span,
-            *v.stride()[:3], *u.stride()[:3], *dt.stride(),
-            **options | types | choice.options
-            | {"HAS_START": start is not None, "REVERSE": reverse, "Q": s.Q, "BN": BN, "BP": BP} | conv[1],
+            v, u, steps.planes, start, kept, end, *conv[0],
+            s.t, s.h, s.p, s.n, s.heads, kept.shape[2], span, steps.plane,
+            *v.stride()[:3], *u.stride()[:3],
+            **types | choice.options | {"HAS_START": start is not None, "HAS_RESET": steps.has_reset}
+            | {"REVERSE": reverse, "Q": s.Q, "BN": BN, "BP": BP} | conv[1],
         )  # fmt: skip
 
     best("ssd_states", launch, v, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], reverse))
@@ -319,29 +352,32 @@ def _forward(
     x, B, C = _rows(x), _rows(B), _rows(C)
     A, D, dt_bias, initial = _packed(A, D, dt_bias, initial)
     y = x.new_empty(x.shape)
+    steps = _steps(dt, A, dt_bias, reset, options, s, types, wide(x), 4 if _coarse(types) else 5)
     spans = _spans(s)
     span = -(-s.chunks // spans)
     if spans > 1:
-        kept = x.new_empty((s.b, s.h, -(-s.chunks // span), s.n, s.p), dtype=wide(x))
-        start, state = kept, _walk(
-            x, B, dt, A, dt_bias, reset, initial, kept, span, False, s, types, options, conv
-        )  # fmt: skip
+        kept = x.new_empty((s.b, s.h, -(-s.chunks // span), s.p, s.n), dtype=wide(x))
+        start, state = kept, _walk(x, B, steps, initial, kept, span, False, s, types, conv)
     else:
         start, state = initial, x.new_empty((s.b, s.h, s.p, s.n), dtype=wide(x))
 
     def launch(choice: Choice) -> None:
         BP = max(16, min(choice.BP, s.BP, ROOM // s.BN))
         kernels().outputs_kernel[(s.b * s.h, -(-s.p // BP), -(-s.chunks // span))](
-            x, dt, A, B, C, D, dt_bias, _flag(reset, x), start, y, state, *conv[0],
-            s.t, s.h, s.p, s.n, s.heads, -(-s.chunks // span), span,
-            *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
-            **options | types | choice.options
-            | {"HAS_D": D is not None, "HAS_START": start is not None, "KEPT": spans > 1}
-            | {"Q": s.Q, "BN": s.BN, "BP": BP} | conv[1],
+            x, steps.planes, steps.document, B, C, D, start, y, state, *conv[0],
+            s.t, s.h, s.p, s.n, s.heads, -(-s.chunks // span), span, steps.plane,
+            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+            **types | choice.options | {"HAS_D": D is not None, "HAS_RESET": steps.has_reset}
+            | {"HAS_START": start is not None, "KEPT": spans > 1, "Q": s.Q, "BN": s.BN, "BP": BP} | conv[1],
         )  # fmt: skip
 
     best("ssd_outputs", launch, x, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], spans > 1, conv[1]["W"]))
     return y, state
+
+
+def _coarse(types: dict[str, Any]) -> bool:
+    """Whether the factors of products are bfloat16, so that no decay needs more than float32 has."""
+    return str(types["OPERAND"]) == "bf16"
 
 
 def _spans(s: Shape) -> int:
@@ -360,27 +396,34 @@ def backward(
     gy, x, B, C = _rows(gy), _rows(x), _rows(B), _rows(C)
     A, D, dt_bias, initial, gstate = _packed(A, D, dt_bias, initial, gstate)
     options = _options(dt_bias, reset, dt_softplus, (dt_low, dt_high))
-    common = (s, types, options)
+    steps = _steps(dt, A, dt_bias, reset, options, s, types, wide(x), 7)
     # states and their gradients are only multiplied: in the type of the factors they lose nothing more
-    kept = torch.bfloat16 if types["PRECISION"] == "tf32" and x.dtype == torch.bfloat16 else wide(x)
-    before, after = (x.new_empty((s.b, s.h, s.chunks, s.n, s.p), dtype=kept) for _ in range(2))
-    _walk(x, B, dt, A, dt_bias, reset, initial, before, 1, False, *common)
-    ginitial = _walk(gy, C, dt, A, dt_bias, reset, gstate, after, 1, True, *common)
+    kept = torch.bfloat16 if _coarse(types) else wide(x)
+    before, after = (x.new_empty((s.b, s.h, s.chunks, s.p, s.n), dtype=kept) for _ in range(2))
+    _walk(x, B, steps, initial, before, 1, False, s, types)
+    ginitial = _walk(gy, C, steps, gstate, after, 1, True, s, types)
     share, parts = _shares(s)
     gx, gdt = x.new_empty(x.shape), dt.new_empty(dt.shape)
     gB, gC = (v.new_empty((parts, *v.shape), dtype=v.dtype if parts == 1 else wide(x)) for v in (B, C))
+    rows = torch.empty_like(steps.planes[:5])
+    inner = x.new_empty((s.b, s.h, s.chunks, s.BP), dtype=wide(x))
     sums = x.new_empty((3, s.b, s.chunks, s.h), dtype=wide(x))
 
     def launch(choice: Choice) -> None:
         kernels().gradients_kernel[(s.chunks, s.g * parts, s.b)](
-            gy, x, dt, A, B, C, D, dt_bias, _flag(reset, x), before, after, gx, gdt, gB, gC, sums,
-            s.t, s.h, s.p, s.n, s.heads, share,
-            *gy.stride()[:3], *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
-            **options | types | choice.options
-            | {"HAS_D": D is not None, "Q": s.Q, "BN": s.BN, "BP": s.BP},
+            gy, x, B, C, D, steps.planes, steps.document, before, after, gx, gB, gC, rows, inner,
+            s.t, s.h, s.p, s.n, s.heads, share, steps.plane,
+            *gy.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+            **types | choice.options | {"HAS_D": D is not None, "HAS_RESET": steps.has_reset}
+            | {"Q": s.Q, "BN": s.BN, "BP": s.BP},
         )  # fmt: skip
 
     best("ssd_gradients", launch, x, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], share))
+    with on_device_of(x):
+        kernels().finish_kernel[(s.chunks, -(-s.h // BH), s.b)](
+            A, _flag(reset, x), steps.planes, rows, inner, gdt, sums, s.t, s.h, steps.plane,
+            HAS_RESET=steps.has_reset, Q=s.Q, BH=BH, BP=s.BP, WIDE=types["WIDE"], num_warps=4, num_stages=1,
+        )  # fmt: skip
     gA, gD, gbias = sums.sum((1, 2)).unbind(0)
     gB, gC = (v.sum(0).to(like.dtype) if parts > 1 else v[0] for v, like in ((gB, B), (gC, C)))
 

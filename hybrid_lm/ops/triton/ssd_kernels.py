@@ -1,7 +1,7 @@
 """SSD in Triton: the kernels. `ssd.py` calls them; importing this file imports triton.
 
 Formulas and letters as in `ops/ssd_torch.py`: chunks of Q tokens, s_i the sum of dt A up to token i, S the
-state before a chunk, gS the gradient of the state after it. The state is a tile (n p) in float32 on chip.
+state before a chunk, gS the gradient of the state after it. The state is a tile (p n) in float32 on chip.
 Every tile has sizes that are powers of two, from 16; rows of dt beyond the sequence are 0, so that they
 neither decay nor write.
 
@@ -44,20 +44,6 @@ def step_sizes(
 
 
 @triton.jit
-def sums(dt, A, Q: tl.constexpr):
-    """s log2(e) in two parts of dt's type: differences of long sums keep the precision of short ones."""
-    exact = tl.cumsum(dt.to(tl.float64) * (A.to(tl.float64) * LOG2E), 0)
-    high = exact.to(dt.dtype)
-    return high, (exact - high.to(tl.float64)).to(dt.dtype)
-
-
-@triton.jit
-def last(v, Q: tl.constexpr):
-    """The last element of a vector of Q."""
-    return tl.sum(tl.where(tl.arange(0, Q) == Q - 1, v, 0), 0)
-
-
-@triton.jit
 def documents(reset, base, rows, inside, RESET: tl.constexpr, Q: tl.constexpr):
     """For every token of a chunk how many documents have started in it, and whether one starts here."""
     if RESET:
@@ -68,36 +54,31 @@ def documents(reset, base, rows, inside, RESET: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
-def edges(high, low, document, Q: tl.constexpr):
-    """Decays from the state before the chunk to each token, from each token to the end, and over all."""
-    from_start = tl.where(document == 0, tl.exp2(high + low), 0.0)
-    rest = (last(high, Q) - high) + (last(low, Q) - low)
-    to_end = tl.where(document == last(document, Q), tl.exp2(rest), 0.0)
-    return from_start, to_end, last(from_start, Q)
-
-
-@triton.jit
-def decays(high, low, document, Q: tl.constexpr, OPERAND: tl.constexpr, TURNED: tl.constexpr):
-    """L (i j), TURNED (j i): the decay from token j to token i; 0 where i < j and across documents."""
-    row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    seen = (row <= column if TURNED else row >= column) & (document[:, None] == document[None, :])
-    exponent = high[None, :] - high[:, None] if TURNED else high[:, None] - high[None, :]
-    # where the products are coarser than this, registers are worth more
-    if OPERAND != tl.bfloat16:  # noqa: SIM300
-        exponent += low[None, :] - low[:, None] if TURNED else low[:, None] - low[None, :]
+def decays(steps, plane, document, Q: tl.constexpr, HAS_RESET: tl.constexpr, EXACT: tl.constexpr):
+    """L (j i): the decay from token j to token i; 0 where i < j and across documents."""
+    q = tl.arange(0, Q)
+    s = tl.load(steps + plane + q)
+    exponent = s[None, :] - s[:, None]
+    if EXACT:
+        rest = tl.load(steps + 4 * plane + q)
+        exponent += rest[None, :] - rest[:, None]
+    seen = q[:, None] <= q[None, :]
+    if HAS_RESET:
+        mine = tl.load(document + q)
+        seen &= mine[:, None] == mine[None, :]
     return tl.exp2(tl.where(seen, exponent, float("-inf")))
 
 
 @triton.jit
 def add_product(total, a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a b, where a is exact in the type of the operands and b, which is wider, counts in two parts:
+    """total + a b, where b is exact in the type of the operands and a, which is wider, counts in two parts:
     rounded once, the state would be as coarse as the inputs."""
-    rounded = b.to(OPERAND)
-    total = tl.dot(a, rounded, total, input_precision=PRECISION, out_dtype=total.dtype)
     if OPERAND == tl.bfloat16:  # noqa: SIM300
-        rest = (b - rounded.to(b.dtype)).to(OPERAND)
-        total = tl.dot(a, rest, total, input_precision=PRECISION, out_dtype=total.dtype)
-    return total
+        # cut off, not rounded: the tensor cores' type is the upper half of a float32
+        high = (a.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        total = tl.dot(high.to(OPERAND), b, total, input_precision=PRECISION, out_dtype=total.dtype)
+        return tl.dot((a - high).to(OPERAND), b, total, input_precision=PRECISION, out_dtype=total.dtype)
+    return tl.dot(a.to(OPERAND), b, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit
@@ -132,45 +113,96 @@ def convolved(
 
 
 @triton.jit
-def states_kernel(
-    V, U, DT, A, BIAS, RESET, START, KEPT, END, TAPS, CBIAS, WINDOW, DOCUMENTS,
-    t, h, p, n, heads, spans, span,
-    vb, vt, vh, ub, ut, ug, db, dt_, dh,
-    HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_START: tl.constexpr,
+def steps_kernel(
+    DT, A, BIAS, RESET, STEPS, DOCUMENT,
+    t, h, plane,
+    db, dt_, dh,
+    HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
     SOFTPLUS: tl.constexpr, LIMITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PLANES: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What dt says, once for all kernels: STEPS (PLANES b h chunks*Q), padded with steps of 0.
+
+    0  dt as the recurrence uses it
+    1  s log2(e), and 4 what its type cuts off: differences of long sums keep the precision of short ones
+    2  the decay from the state before the chunk
+    3  dt times the decay to the end of the chunk
+    5  the derivative of dt with respect to the given one
+    6  the decay to the end of the chunk
+    DOCUMENT (b chunks*Q): how many documents have started in this chunk.
+    """
+    k, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    q = tl.arange(0, Q)
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    known = heads < h
+    rows = tl.cast(k, tl.int64) * Q + q
+    inside = rows < t
+    wanted = inside[:, None] & known[None, :]
+    a = tl.load(A + heads, mask=known, other=0.0).to(WIDE)
+    bias = tl.load(BIAS + heads, mask=known, other=0.0).to(WIDE)[None, :] if HAS_BIAS else 0.0
+    raw = tl.load(DT + b * db + rows[:, None] * dt_ + heads[None, :] * dh, mask=wanted, other=0.0).to(WIDE)
+    d, slope = step_sizes(raw, inside[:, None], bias, SOFTPLUS, LIMITS, LOW, HIGH)
+    exact = tl.cumsum(d.to(tl.float64) * (a.to(tl.float64) * LOG2E)[None, :], 0)
+    document, _ = documents(RESET, b * t, rows, inside, HAS_RESET, Q)
+    length = tl.num_programs(0) * Q
+    if HAS_RESET:
+        tl.store(DOCUMENT + b * length + rows, document)
+    final = tl.sum(tl.where(q[:, None] == Q - 1, exact, 0.0), 0)[None, :]
+    at_end = tl.max(document, 0)
+    from_start = tl.where(document[:, None] == 0, tl.exp2(exact.to(WIDE)), 0.0)
+    to_end = tl.where(document[:, None] == at_end, tl.exp2((final - exact).to(WIDE)), 0.0)
+    high = exact.to(WIDE)
+    plane = tl.cast(plane, tl.int64)
+    place = STEPS + (b * h + heads[None, :]) * length + rows[:, None]
+    tl.store(place, d, mask=known[None, :])
+    tl.store(place + plane, high, mask=known[None, :])
+    tl.store(place + 2 * plane, from_start, mask=known[None, :])
+    tl.store(place + 3 * plane, d * to_end, mask=known[None, :])
+    if PLANES > 4:
+        tl.store(place + 4 * plane, (exact - high.to(tl.float64)).to(WIDE), mask=known[None, :])
+    if PLANES > 5:
+        tl.store(place + 5 * plane, slope, mask=known[None, :])
+        tl.store(place + 6 * plane, to_end, mask=known[None, :])
+
+
+@triton.jit
+def states_kernel(
+    V, U, STEPS, START, KEPT, END, TAPS, CBIAS, WINDOW, DOCUMENTS,
+    t, h, p, n, heads, spans, span, plane,
+    vb, vt, vh, ub, ut, ug,
+    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
     REVERSE: tl.constexpr, HAS_CBIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, W: tl.constexpr,
     Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walks the chunks of one head with a block of its state on chip, and keeps the state at every `span`-th.
 
-    Forward:  S' = decay S + B^T (dt decay x); kept is the state before a chunk.     V = x, U = B
-    REVERSE: gS' = decay gS + C^T (decay gy), from the end; kept is gS after it.     V = gy, U = C
-    START, END (b h p n); KEPT (b h spans n p).
+    Forward:  S' = decay S + (dt decay x)^T B; kept is the state before a chunk.     V = x, U = B
+    REVERSE: gS' = decay gS + (decay gy)^T C, from the end; kept is gS after it.     V = gy, U = C
+    START, END (b h p n); KEPT (b h spans p n).
     """
     bh = tl.program_id(0).to(tl.int64)
     b, head = bh // h, bh % h
     ps = tl.program_id(1) * BP + tl.arange(0, BP)
     ns = tl.program_id(2) * BN + tl.arange(0, BN)
     q = tl.arange(0, Q)
+    chunks = tl.cdiv(t, Q)
+    plane = tl.cast(plane, tl.int64)
     V += b * vb + head * vh
     U += b * ub + head // heads * ug
-    DT += b * db + head * dh
-    a = tl.load(A + head).to(WIDE)
-    bias = tl.load(BIAS + head).to(WIDE) if HAS_BIAS else 0.0
-    tile = (ns[:, None] < n) & (ps[None, :] < p)
-    place = bh * p * n + (ps[None, :] * n + ns[:, None])
-    S = tl.zeros((BN, BP), WIDE)
+    STEPS += bh * (chunks * Q)
+    tile = (ps[:, None] < p) & (ns[None, :] < n)
+    place = ps[:, None] * n + ns[None, :]
+    S = tl.zeros((BP, BN), WIDE)
     if HAS_START:
-        S = tl.load(START + place, mask=tile, other=0.0).to(WIDE)
+        S = tl.load(START + bh * p * n + place, mask=tile, other=0.0).to(WIDE)
     v_tile = q[:, None] * vt + ps[None, :]
     u_tile = q[:, None] * ut + ns[None, :]
-    chunks = tl.cdiv(t, Q)
     for step in range(chunks):
         k = chunks - 1 - step if REVERSE else step
         if k % span == 0:
-            at = KEPT + (bh * spans + k // span) * n * p
-            tl.store(at + ns[:, None] * p + ps[None, :], S.to(KEPT.dtype.element_ty), mask=tile)
+            at = KEPT + (bh * spans + k // span) * p * n
+            tl.store(at + place, S.to(KEPT.dtype.element_ty), mask=tile)
         begin = tl.cast(k, tl.int64) * Q
         rows = begin + q
         inside = rows < t
@@ -183,57 +215,56 @@ def states_kernel(
             )  # fmt: skip
         else:
             v = tl.load(V + begin * vt + v_tile, mask=inside[:, None] & (ps[None, :] < p), other=0.0)
-        u = tl.load(U + begin * ut + u_tile, mask=inside[:, None] & (ns[None, :] < n), other=0.0)
-        d = tl.load(DT + rows * dt_, mask=inside, other=0.0).to(WIDE)
-        d, _ = step_sizes(d, inside, bias, SOFTPLUS, LIMITS, LOW, HIGH)
-        first, second = sums(d, a, Q)
-        document, _ = documents(RESET, b * t, rows, inside, HAS_RESET, Q)
-        from_start, to_end, whole = edges(first, second, document, Q)
-        weight = from_start if REVERSE else d * to_end
-        S = add_product(S * whole, tl.trans(u.to(OPERAND)), v.to(WIDE) * weight[:, None], OPERAND, PRECISION)
-    tl.store(END + place, S, mask=tile)
+        u = tl.load(U + begin * ut + u_tile, mask=inside[:, None] & (ns[None, :] < n), other=0.0).to(OPERAND)
+        weight = tl.load(STEPS + (2 if REVERSE else 3) * plane + begin + q)
+        whole = tl.load(STEPS + 2 * plane + begin + Q - 1)
+        weighed = tl.trans(v).to(WIDE) * weight[None, :]
+        S = add_product(S * whole, weighed, u, OPERAND, PRECISION)
+    tl.store(END + bh * p * n + place, S, mask=tile)
 
 
 @triton.jit
 def outputs_kernel(
-    X, DT, A, B, C, D, BIAS, RESET, START, Y, END, TAPS, CBIAS, WINDOW, DOCUMENTS,
-    t, h, p, n, heads, spans, span,
-    xb, xt, xh, db, dt_, dh, bb, bt, bg, cb, ct, cg,
-    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_START: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    KEPT: tl.constexpr, HAS_CBIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, W: tl.constexpr,
+    X, STEPS, DOCUMENT, B, C, D, START, Y, END, TAPS, CBIAS, WINDOW, DOCUMENTS,
+    t, h, p, n, heads, spans, span, plane,
+    xb, xt, xh, bb, bt, bg, cb, ct, cg,
+    HAS_D: tl.constexpr, HAS_RESET: tl.constexpr, HAS_START: tl.constexpr, KEPT: tl.constexpr,
+    HAS_CBIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, W: tl.constexpr,
     Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of one head and a block of its channels: all tokens, with the state on chip, or (KEPT) `span` chunks
-    from a state that `states_kernel` left in START (b h spans n p). Y (b t h p), END (b h p n).
-    W > 0: X is what the convolution of W taps starts from."""
+    from a state that `states_kernel` left in START (b h spans p n). Y (b t h p), END (b h p n).
+    W > 0: X is what the convolution of W taps starts from.
+
+    Everything is transposed, channels before tokens: the state goes to the tensor cores from registers.
+    """
     bh = tl.program_id(0).to(tl.int64)
     b, head = bh // h, bh % h
     ps = tl.program_id(1) * BP + tl.arange(0, BP)
     ns = tl.arange(0, BN)
     q = tl.arange(0, Q)
+    chunks = tl.cdiv(t, Q)
+    plane = tl.cast(plane, tl.int64)
     X += b * xb + head * xh
     Y += (b * t * h + head) * p
     B += b * bb + head // heads * bg
     C += b * cb + head // heads * cg
-    DT += b * db + head * dh
-    a = tl.load(A + head).to(WIDE)
-    bias = tl.load(BIAS + head).to(WIDE) if HAS_BIAS else 0.0
-    tile = (ns[:, None] < n) & (ps[None, :] < p)
-    place = bh * p * n + (ps[None, :] * n + ns[:, None])
-    S = tl.zeros((BN, BP), WIDE)
+    STEPS += bh * (chunks * Q)
+    DOCUMENT += b * (chunks * Q)
+    tile = (ps[:, None] < p) & (ns[None, :] < n)
+    place = ps[:, None] * n + ns[None, :]
+    S = tl.zeros((BP, BN), WIDE)
     if KEPT:
-        at = (bh * spans + tl.program_id(2)) * n * p + (ns[:, None] * p + ps[None, :])
-        S = tl.load(START + at, mask=tile, other=0.0).to(WIDE)
+        S = tl.load(START + (bh * spans + tl.program_id(2)) * p * n + place, mask=tile, other=0.0).to(WIDE)
     elif HAS_START:
-        S = tl.load(START + place, mask=tile, other=0.0).to(WIDE)
+        S = tl.load(START + bh * p * n + place, mask=tile, other=0.0).to(WIDE)
     x_tile = q[:, None] * xt + ps[None, :]
     b_tile = q[:, None] * bt + ns[None, :]
     c_tile = q[:, None] * ct + ns[None, :]
     y_tile = q[:, None] * (h * p) + ps[None, :]
     # one program has all chunks where the third axis of the grid is 1
-    for k in range(tl.program_id(2) * span, tl.minimum((tl.program_id(2) + 1) * span, tl.cdiv(t, Q))):
+    for k in range(tl.program_id(2) * span, tl.minimum((tl.program_id(2) + 1) * span, chunks)):
         begin = tl.cast(k, tl.int64) * Q
         rows = begin + q
         inside = rows < t
@@ -250,40 +281,47 @@ def outputs_kernel(
             x = tl.load(X + begin * xt + x_tile, mask=wanted, other=0.0)
         u = tl.load(B + begin * bt + b_tile, mask=narrow, other=0.0).to(OPERAND)
         c = tl.load(C + begin * ct + c_tile, mask=narrow, other=0.0).to(OPERAND)
-        d = tl.load(DT + rows * dt_, mask=inside, other=0.0).to(WIDE)
-        d, _ = step_sizes(d, inside, bias, SOFTPLUS, LIMITS, LOW, HIGH)
-        first, second = sums(d, a, Q)
-        document, _ = documents(RESET, b * t, rows, inside, HAS_RESET, Q)
-        from_start, to_end, whole = edges(first, second, document, Q)
-        # 1. what the chunk says to itself, and the state to it
-        M = tl.dot(c, tl.trans(u), input_precision=PRECISION, out_dtype=WIDE)
-        M = (M * decays(first, second, document, Q, OPERAND, False) * d[None, :]).to(OPERAND)
-        y = tl.dot(c, S.to(OPERAND), input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
-        y = tl.dot(M, x.to(OPERAND), y, input_precision=PRECISION, out_dtype=WIDE)
+        steps = STEPS + begin
+        d = tl.load(steps + q)
+        from_start = tl.load(steps + 2 * plane + q)
+        to_end = tl.load(steps + 3 * plane + q)
+        whole = tl.load(steps + 2 * plane + Q - 1)
+        # 1. what the chunk says to itself (j i), and the state to it; y is (p i)
+        M = tl.dot(u, tl.trans(c), input_precision=PRECISION, out_dtype=WIDE)
+        L = decays(steps, plane, DOCUMENT + begin, Q, HAS_RESET, OPERAND != tl.bfloat16)  # noqa: SIM300
+        M = (M * (L * d[:, None])).to(OPERAND)
+        y = (
+            tl.dot(S.to(OPERAND), tl.trans(c), input_precision=PRECISION, out_dtype=WIDE)
+            * from_start[None, :]
+        )
+        x = tl.trans(x)
+        y = tl.dot(x.to(OPERAND), M, y, input_precision=PRECISION, out_dtype=WIDE)
         if HAS_D:
             y += tl.load(D + head).to(WIDE) * x.to(WIDE)
-        tl.store(Y + begin * h * p + y_tile, y.to(Y.dtype.element_ty), mask=wanted)
+        tl.store(Y + begin * h * p + y_tile, tl.trans(y.to(Y.dtype.element_ty)), mask=wanted)
         # 2. the state after the chunk
-        S = add_product(S * whole, tl.trans(u), x.to(WIDE) * (d * to_end)[:, None], OPERAND, PRECISION)
+        S = add_product(S * whole, x.to(WIDE) * to_end[None, :], u, OPERAND, PRECISION)
     if not KEPT:
-        tl.store(END + place, S, mask=tile)
+        tl.store(END + bh * p * n + place, S, mask=tile)
 
 
 @triton.jit
 def gradients_kernel(
-    GY, X, DT, A, B, C, D, BIAS, RESET, STATES, GSTATES, GX, GDT, GB, GC, SUMS,
-    t, h, p, n, heads, share,
-    yb, yt, yh, xb, xt, xh, db, dt_, dh, bb, bt, bg, cb, ct, cg,
-    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    GY, X, B, C, D, STEPS, DOCUMENT, STATES, GSTATES, GX, GB, GC, ROWS, INNER,
+    t, h, p, n, heads, share, plane,
+    yb, yt, yh, xb, xt, xh, bb, bt, bg, cb, ct, cg,
+    HAS_D: tl.constexpr, HAS_RESET: tl.constexpr,
     Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk for `share` heads of one group, one after the other: what they give to B
-    and C adds up on chip.
+    """All gradients of one chunk but those of the steps for `share` heads of one group, one after the other:
+    what they give to B and C adds up on chip.
 
-    STATES (b h k n p) before, GSTATES after each chunk. GX (b t h p); GDT (b t h); GB, GC (parts b t g n),
-    a part for each share of a group; SUMS (3 b k h): of A, D and dt_bias.
+    STATES (b h k p n) before, GSTATES after each chunk. GX (b t h p); GB, GC (parts b t g n), a part for each
+    share of a group. What `finish_kernel` makes the gradients of the steps of: INNER (b h k BP), the
+    rows of <S, gS>, and ROWS (5 b h k*Q), sums over
+    0  what later s get from the products inside the chunk     1  the rest of what s gets
+    2  what dt gets beside that     3  x gy     4  what x dt gets through the state after the chunk
     """
     k, part = tl.program_id(0), tl.program_id(1)
     parts = tl.cdiv(heads, share)
@@ -291,84 +329,74 @@ def gradients_kernel(
     groups = h // heads
     b = tl.program_id(2).to(tl.int64)
     chunks = tl.cdiv(t, Q)
+    plane = tl.cast(plane, tl.int64)
     ps, ns, q = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
     begin = tl.cast(k, tl.int64) * Q
     rows = begin + q
     inside = rows < t
     wanted = inside[:, None] & (ps[None, :] < p)
     narrow = inside[:, None] & (ns[None, :] < n)
-    tile = (ns[:, None] < n) & (ps[None, :] < p)
-    s_tile = ns[:, None] * p + ps[None, :]
-    B += b * bb + g * bg + begin * bt
-    C += b * cb + g * cg + begin * ct
-    b_tile, c_tile = q[:, None] * bt + ns[None, :], q[:, None] * ct + ns[None, :]
-    u = tl.load(B + b_tile, mask=narrow, other=0.0).to(OPERAND)
-    c = tl.load(C + c_tile, mask=narrow, other=0.0).to(OPERAND)
-    document, starts = documents(RESET, b * t, rows, inside, HAS_RESET, Q)
-    CB = tl.dot(u, tl.trans(c), input_precision=PRECISION, out_dtype=WIDE)
+    tile = (ps[:, None] < p) & (ns[None, :] < n)
+    place = ps[:, None] * n + ns[None, :]
+    later = q[:, None] < q[None, :]
+    u = tl.load(B + b * bb + g * bg + begin * bt + (q[:, None] * bt + ns[None, :]), mask=narrow, other=0.0)
+    c = tl.load(C + b * cb + g * cg + begin * ct + (q[:, None] * ct + ns[None, :]), mask=narrow, other=0.0)
+    u, c = u.to(OPERAND), c.to(OPERAND)
+    # a loop of one turn: the compiler lays out what enters another product by the way, each warp with rows of
+    # its own, and with these sizes that is everything twice
+    CB = tl.zeros((Q, Q), WIDE)
+    for _ in tl.range(0, n, BN, num_stages=1):
+        CB = tl.dot(u, tl.trans(c), CB, input_precision=PRECISION, out_dtype=WIDE)
+    diagonal = tl.sum(tl.where(q[:, None] == q[None, :], CB, 0.0), 1)
     gCB = tl.zeros((Q, Q), WIDE)
     gB, gC = tl.zeros((Q, BN), WIDE), tl.zeros((Q, BN), WIDE)
-    later = q[:, None] < q[None, :]
     for r in range(slot * share, tl.minimum((slot + 1) * share, heads)):
         head = g * heads + r
-        a = tl.load(A + head).to(WIDE)
-        bias = tl.load(BIAS + head).to(WIDE) if HAS_BIAS else 0.0
-        d = tl.load(DT + b * db + head * dh + rows * dt_, mask=inside, other=0.0).to(WIDE)
-        d, slope = step_sizes(d, inside, bias, SOFTPLUS, LIMITS, LOW, HIGH)
-        first, second = sums(d, a, Q)
-        from_start, to_end, whole = edges(first, second, document, Q)
-        L = decays(first, second, document, Q, OPERAND, True)
-        x = tl.load(
-            X + b * xb + begin * xt + head * xh + q[:, None] * xt + ps[None, :], mask=wanted, other=0.0
-        )
-        gy = tl.load(
-            GY + b * yb + begin * yt + head * yh + q[:, None] * yt + ps[None, :], mask=wanted, other=0.0
-        )
-        x, gy = x.to(OPERAND), gy.to(OPERAND)
-        at = ((b * h + head) * chunks + k) * n * p
-        S = tl.load(STATES + at + s_tile, mask=tile, other=0.0).to(OPERAND)
-        gS = tl.load(GSTATES + at + s_tile, mask=tile, other=0.0).to(OPERAND)
-        kept = tl.sum(S.to(WIDE) * gS.to(WIDE)) * whole
-        sum_gy_x = tl.sum(gy.to(WIDE) * x.to(WIDE))
+        bh = b * h + head
+        steps = STEPS + bh * (chunks * Q) + begin
+        sums = ROWS + bh * (chunks * Q) + begin + q
+        at = (bh * chunks + k) * p * n + place
+        S = tl.load(STATES + at, mask=tile, other=0.0).to(OPERAND)
+        gS = tl.load(GSTATES + at, mask=tile, other=0.0).to(OPERAND)
+        # first, while they are in registers
+        both = tl.sum(S.to(WIDE) * gS.to(WIDE), 1) * tl.load(steps + 2 * plane + Q - 1)
+        tl.store(INNER + (bh * chunks + k) * BP + ps, both)
+        x_tile = b * xb + begin * xt + head * xh + (q[:, None] * xt + ps[None, :])
+        y_tile = b * yb + begin * yt + head * yh + (q[:, None] * yt + ps[None, :])
+        x = tl.load(X + x_tile, mask=wanted, other=0.0).to(OPERAND)
+        gy = tl.load(GY + y_tile, mask=wanted, other=0.0).to(OPERAND)
+        d = tl.load(steps + q)
+        from_start = tl.load(steps + 2 * plane + q)
+        to_end = tl.load(steps + 6 * plane + q)
+        L = decays(steps, plane, DOCUMENT + b * (chunks * Q) + begin, Q, HAS_RESET, OPERAND != tl.bfloat16)  # noqa: SIM300
         # 1. C.B^T, and what the decays inside the chunk get: s_i enters y_i with +, y of later tokens with -;
         # the two parts of the diagonal cancel, and are left out rather than to rounding. All of it (j i)
         gM = tl.dot(x, tl.trans(gy), input_precision=PRECISION, out_dtype=WIDE) * L
         gCB += gM * d[:, None]
-        gM *= CB
+        gM = tl.where(later, gM * CB, 0.0)
         said = tl.sum(gM, 1)
-        gM = tl.where(later, gM * d[:, None], 0.0)
-        gs = tl.sum(gM, 0) - tl.sum(gM, 1)
+        tl.store(sums, tl.sum(gM * d[:, None], 0))
         # 2. x through the chunk, and through the state after it
         gX = tl.dot((CB * L).to(OPERAND), gy, input_precision=PRECISION, out_dtype=WIDE)
-        # read again for every head: they are in the cache, and would not fit in registers beside the sums
-        u = tl.load(B + b_tile, mask=narrow, other=0.0).to(OPERAND)
-        through = tl.dot(u, gS, input_precision=PRECISION, out_dtype=WIDE) * to_end[:, None]
-        from_state = tl.sum(through * x.to(WIDE), 1)
-        gX = (gX + through) * d[:, None]
+        through = tl.dot(u, tl.trans(gS), input_precision=PRECISION, out_dtype=WIDE)
+        from_state = tl.sum(through * x.to(WIDE), 1) * to_end
+        x_gy = tl.sum(x.to(WIDE) * gy.to(WIDE), 1)
+        # not (gX + through to_end) d, for the reason above
+        gX = gX * d[:, None] + through * (to_end * d)[:, None]
         if HAS_D:
             gX += tl.load(D + head).to(WIDE) * gy.to(WIDE)
-        place = GX + ((b * t + begin) * h + head) * p + q[:, None] * (h * p) + ps[None, :]
-        tl.store(place, gX.to(GX.dtype.element_ty), mask=wanted)
+        out = GX + ((b * t + begin) * h + head) * p + (q[:, None] * (h * p) + ps[None, :])
+        tl.store(out, gX.to(GX.dtype.element_ty), mask=wanted)
         # 3. s_i enters S' of this chunk with -, and of the one before with +
-        c = tl.load(C + c_tile, mask=narrow, other=0.0).to(OPERAND)
-        asked = tl.dot(c, S, input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
-        gs += tl.sum(asked * gy.to(WIDE), 1) - from_state * d
-        gs += tl.where(q == Q - 1, tl.sum(from_state * d, 0) + kept, 0.0)
+        asked = tl.dot(c, tl.trans(S), input_precision=PRECISION, out_dtype=WIDE)
+        asked = tl.sum(asked * gy.to(WIDE), 1) * from_start
+        tl.store(sums + plane, asked - (said + from_state) * d)
+        tl.store(sums + 2 * plane, said + diagonal * x_gy + from_state)
+        tl.store(sums + 3 * plane, x_gy)
+        tl.store(sums + 4 * plane, from_state * d)
         # 4. the state's part in B and C
-        gy_start = (gy.to(WIDE) * from_start[:, None]).to(OPERAND)
-        gC = tl.dot(gy_start, tl.trans(S), gC, input_precision=PRECISION, out_dtype=WIDE)
-        X_end = (x.to(WIDE) * (d * to_end)[:, None]).to(OPERAND)
-        gB = tl.dot(X_end, tl.trans(gS), gB, input_precision=PRECISION, out_dtype=WIDE)
-        gdecay = tl.where(starts != 0, 0.0, tl.cumsum(gs, 0, reverse=True))
-        gdt = (gdecay * a + said + from_state) * slope
-        tl.store(GDT + (b * t + rows) * h + head, gdt.to(GDT.dtype.element_ty), mask=inside)
-        size = tl.num_programs(2).to(tl.int64) * chunks * h
-        place = SUMS + (b * chunks + k) * h + head
-        tl.store(place, tl.sum(gdecay * d, 0))
-        tl.store(place + size, sum_gy_x)
-        tl.store(place + 2 * size, tl.sum(gdt, 0))
-    u = tl.load(B + b_tile, mask=narrow, other=0.0).to(OPERAND)
-    c = tl.load(C + c_tile, mask=narrow, other=0.0).to(OPERAND)
+        gC += tl.dot(gy, S, input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
+        gB += tl.dot(x, gS, input_precision=PRECISION, out_dtype=WIDE) * (to_end * d)[:, None]
     coarse = gCB.to(OPERAND)
     gC = tl.dot(tl.trans(coarse), u, gC, input_precision=PRECISION, out_dtype=WIDE)
     gB = tl.dot(coarse, c, gB, input_precision=PRECISION, out_dtype=WIDE)
@@ -376,6 +404,44 @@ def gradients_kernel(
     at += q[:, None] * (groups * n) + ns[None, :]
     tl.store(GB + at, gB.to(GB.dtype.element_ty), mask=narrow)
     tl.store(GC + at, gC.to(GC.dtype.element_ty), mask=narrow)
+
+
+@triton.jit
+def finish_kernel(
+    A, RESET, STEPS, ROWS, INNER, GDT, SUMS,
+    t, h, plane,
+    HAS_RESET: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the steps of one chunk: GDT (b t h), and SUMS (3 b k h) over the chunk's tokens: of A,
+    D and dt_bias."""
+    k, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    chunks = tl.num_programs(0)
+    q = tl.arange(0, Q)
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    known = heads < h
+    rows = tl.cast(k, tl.int64) * Q + q
+    inside = rows < t
+    plane = tl.cast(plane, tl.int64)
+    at = (b * h + heads[None, :]) * (chunks * Q) + rows[:, None]
+    mask = known[None, :]
+    gs = tl.load(ROWS + at, mask=mask, other=0.0) + tl.load(ROWS + plane + at, mask=mask, other=0.0)
+    # the whole chunk's decay is the last token's
+    at_end = tl.sum(tl.load(ROWS + 4 * plane + at, mask=mask, other=0.0), 0)
+    inner = (b * h + heads[None, :]) * (chunks * BP) + k * BP + tl.arange(0, BP)[:, None]
+    at_end += tl.sum(tl.load(INNER + inner, mask=mask, other=0.0), 0)
+    gs += tl.where(q[:, None] == Q - 1, at_end[None, :], 0.0)
+    _, starts = documents(RESET, b * t, rows, inside, HAS_RESET, Q)
+    gdecay = tl.where(starts[:, None] != 0, 0.0, tl.cumsum(gs, 0, reverse=True))
+    a = tl.load(A + heads, mask=known, other=0.0).to(WIDE)
+    gdt = gdecay * a[None, :] + tl.load(ROWS + 2 * plane + at, mask=mask, other=0.0)
+    gdt *= tl.load(STEPS + 5 * plane + at, mask=mask, other=0.0)
+    place = GDT + (b * t + rows[:, None]) * h + heads[None, :]
+    tl.store(place, gdt.to(GDT.dtype.element_ty), mask=inside[:, None] & mask)
+    size = tl.num_programs(2).to(tl.int64) * chunks * h
+    place = SUMS + (b * chunks + k) * h + heads
+    tl.store(place, tl.sum(gdecay * tl.load(STEPS + at, mask=mask, other=0.0), 0), mask=known)
+    tl.store(place + size, tl.sum(tl.load(ROWS + 3 * plane + at, mask=mask, other=0.0), 0), mask=known)
+    tl.store(place + 2 * size, tl.sum(gdt, 0), mask=known)
 
 
 @triton.jit
