@@ -5,7 +5,7 @@ width, v vocab, m rows; layout (b, t, h, p). Every recurrence takes `initial`, r
 differentiable, and takes `reset (b t)`: true where a document starts.
 """
 
-from hybrid_lm.ops import native, triton
+from hybrid_lm.ops import external, native, triton
 from hybrid_lm.ops.attention import alibi_slopes, attention
 from hybrid_lm.ops.backend import report, select
 from hybrid_lm.ops.causal_conv1d import causal_conv1d
@@ -27,6 +27,7 @@ __all__ = [
     "attention",
     "causal_conv1d",
     "delta_rule",
+    "external",
     "gated_rms_norm",
     "grouped_linear",
     "linear",

@@ -8,6 +8,7 @@ import torch
 
 from hybrid_lm import ops
 from hybrid_lm.ops import backend
+from hybrid_lm.ops.external import packages
 from hybrid_lm.ops.native import library
 from hybrid_lm.ops.triton import ssd as triton
 
@@ -34,6 +35,7 @@ NATIVE = ("causal_conv1d", "gated_rms_norm", "linear", "rms_norm", "selective_sc
 def test_auto_takes_the_best_that_can_run(monkeypatch: pytest.MonkeyPatch, why_not: str | None) -> None:
     monkeypatch.setattr(library, "library", lambda: library.Library(None, why_not))
     monkeypatch.setattr(triton, "_gpu", lambda: "PyTorch sees no GPU")
+    monkeypatch.setattr(packages, "no_gpu", lambda: "PyTorch sees no GPU")
     plain = dict.fromkeys(NAMES, "torch")
     best = plain if why_not else plain | dict.fromkeys(NATIVE, "native")
     assert ops.select() == best
@@ -60,7 +62,7 @@ def test_a_native_library_that_is_missing_is_refused_with_the_reason(monkeypatch
         ("fla", "mamba2_mixer: backend 'fla' cannot run on cpu: this version has no fla kernel for it"),
         (
             "native",
-            "linear_recurrence, linear_cross_entropy: backend 'native' cannot run on cpu: this version",
+            "attention, grouped_linear, linear_cross_entropy: backend 'native' cannot run on cpu: this",
         ),
         ("native", "it has: reference, torch"),
         ("troch", "known: auto, causal_conv1d, fla, mamba_ssm, native, reference, torch, triton. Did you"),
