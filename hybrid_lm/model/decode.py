@@ -108,7 +108,8 @@ def cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
 class Recorded:
     """A step that was recorded, and the memory that it works on: that of a state, which may change."""
 
-    def __init__(self, model: HybridLM, tokens: Tensor, state: ModelState, record: Record):
+    def __init__(self, work: Callable[[Tensor], Tensor], tokens: Tensor, state: ModelState, record: Record):
+        """`work`: logits (b v) of tokens (b,), which updates the state."""
         self.tokens = tokens.clone()
         self.held: list[Tensor] = []
         storages = set[int]()
@@ -122,7 +123,7 @@ class Recorded:
             self.held.append(own)
 
         def step() -> Tensor:
-            logits = model(self.tokens[:, None], state=state).logits[:, -1]
+            logits = work(self.tokens)
             self.bring_back(state)
             return logits
 
@@ -190,30 +191,33 @@ class Recorded:
 class Decoder:
     """Steps of one token through a model, the same bits as calls of the model.
 
-    On CUDA a step is recorded for each batch size, at the second step, and replayed from then on; `why_not`
-    says why the last step was not. The model must not be moved or get other tensors as weights meanwhile.
-    For one thread at a time; several have a decoder each.
+    On CUDA a step is recorded for each batch size after one that is only looked at, and replayed from then
+    on; `why_not` says why the last step was not. The model must not be moved or get other tensors as weights
+    meanwhile. For one thread at a time; several have a decoder each.
     """
 
-    def __init__(self, model: HybridLM, *, record: Record | None = None):
-        """`record`: by default CUDA graphs for a model on a GPU, and nothing elsewhere."""
-        device = model.embed.weight.device
+    def __init__(self, model: HybridLM, *, compiled: bool = False, record: Record | None = None):
+        """`compiled`: what is replayed has been through torch.compile, which has roundings of its own.
+        `record`: by default CUDA graphs for a model on a GPU, and nothing elsewhere."""
         self.model = model
-        self.record = cuda_graph if record is None and device.type == "cuda" else record
+        self.device = model.embed.weight.device
+        self.record = cuda_graph if record is None and self.device.type == "cuda" else record
+        self.compiled = torch.compile(self.logits, fullgraph=True, dynamic=False) if compiled else None
         self.why_not: str | None = None
         self.recorded: list[tuple[dict[str, Any], Recorded]] = []
         self.current: Recorded | None = None
         self.tried: dict[str, Any] | None = None
+        self.warm: dict[str, Any] | None = None
         self.changed: weakref.ref[ModelState] | None = None
         self.refused: tuple[weakref.ref[ModelState], str] | None = None
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> Tensor:
         """Logits (b v) for the token after `tokens` (b,); `state` is updated, as by a call of the model."""
+        self.model.check_length(state.position, state.seen + 1)
         self.why_not = self.reason(state)
         if self.why_not is not None:
-            return self.eager(tokens, state)
-        self.model.check_length(state.position, state.seen + 1)
+            return self.run(self.logits, tokens, state)
         if self.current is None or not self.current.holds(state):
             now = form(state)
             self.current = next((one for known, one in self.recorded if known == now), None)
@@ -221,34 +225,49 @@ class Decoder:
                 self.current.adopt(state)
             elif self.tried != now:
                 return self.first(tokens, state, now)
+            elif self.compiled is not None and (self.record is None or self.warm != now):
+                self.warm, self.why_not = now, "this step is compiled and not recorded"
+                return self.run(self.compiled, tokens, state)
             else:
                 self.current = self.recording(tokens, state)
                 if self.current is None:
-                    return self.eager(tokens, state)
+                    return self.run(self.logits, tokens, state)
                 self.recorded.append((now, self.current))
         return self.current.step(tokens, state)
 
     def reason(self, state: ModelState) -> str | None:
         """Why a step of this state is not recorded, as far as that is known without a look at one."""
-        if self.record is None:
+        if self.record is None and self.compiled is None:
             return "only steps on a GPU are recorded"
         if self.model.training:
             return "the model is in training mode"
-        if torch.is_autocast_enabled(self.model.embed.weight.device.type):
+        if torch.is_autocast_enabled(self.device.type):
             return "autocast casts the weights anew for every step"
         if self.refused is not None and self.refused[0]() is state:
             return self.refused[1]
         return None
 
-    def eager(self, tokens: Tensor, state: ModelState) -> Tensor:
+    def logits(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """The model's, (b v)."""
         return self.model(tokens[:, None], state=state).logits[:, -1]
+
+    def run(self, work: Callable[[Tensor, ModelState], Tensor], tokens: Tensor, state: ModelState) -> Tensor:
+        """A step that is done at once. How many tokens were read is counted outside: a compiled step would be
+        another one for every count."""
+        seen, state.seen = state.seen, 0
+        try:
+            logits = work(tokens, state)
+            seen += 1
+        finally:
+            state.seen = seen
+        return logits
 
     def first(self, tokens: Tensor, state: ModelState, before: dict[str, Any]) -> Tensor:
         """A step as it is, watched: what allocates or is tuned at a first call has done so when it is
         recorded."""
         devices = {leaf.tensor.device for leaf in leaves(state)}
         with Watch(tokens.device) as watch:
-            logits = self.eager(tokens, state)
+            logits = self.run(self.logits, tokens, state)
         after = form(state)
         never = "the model is on several devices" if len(devices) > 1 else watch.found
         change = difference(before, after)
@@ -265,8 +284,9 @@ class Decoder:
     def recording(self, tokens: Tensor, state: ModelState) -> Recorded | None:
         """The step recorded; None, and the reason told, where that cannot be."""
         assert self.record is not None
+        work = self.compiled or self.logits
         try:
-            return Recorded(self.model, tokens, state, self.record)
+            return Recorded(lambda one: self.run(work, one, state), tokens, state, self.record)
         except RuntimeError as error:
             self.why_not = f"a step cannot be recorded: {(str(error).splitlines() or [''])[0]}"
             self.refused = weakref.ref(state), self.why_not

@@ -1,8 +1,8 @@
 """What a CUDA graph does, on any device: the operations of a function, again and again on the same memory.
 
 Python runs once, while they are taken down. What the function makes keeps its place, and holds nothing of
-use (NaN, or an index that is none) when a replay begins; what it wrote to outside is as it was before. Where a
-GPU would have to be waited for, there is the error that a capture ends with.
+use (NaN, or an index that is none) when a replay begins; what it wrote to outside is as it was before. Where
+a GPU would have to be waited for, there is the error that a capture ends with.
 """
 
 from __future__ import annotations
