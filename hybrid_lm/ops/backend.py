@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid_lm.ops import proof
 from hybrid_lm.registry import unknown
 
 # The packages of others that `ops/external` calls.
 EXTERNAL = ("mamba_ssm", "causal_conv1d", "fla")
-# Best first; `auto` takes the first one that can run. The Triton kernels have not run on a GPU yet: until
-# then they stand behind PyTorch, for those who ask for them.
-BACKENDS = ("native", "mamba_ssm", "causal_conv1d", "fla", "torch", "triton", "reference")
+# Best first; `auto` takes the first one that can run: ours, those of others, PyTorch.
+BACKENDS = ("native", "triton", *EXTERNAL, "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ def _everywhere(device: str) -> str | None:
 def register(
     op: str, backend: str, *, run: Callable[..., Any], why_not: Callable[[str], str | None] = _everywhere
 ) -> None:
-    """Add one backend to an op. A signature unlike that of the others is a TypeError that shows both."""
+    """Add one backend to an op. A signature unlike that of the others is a TypeError that shows both.
+
+    Of ours that are available (`why_not` is None), those for GPUs must also agree with the PyTorch form
+    there: `proof.py`.
+    """
     assert backend in BACKENDS, backend
     table = _OPS.setdefault(op, {})
     for other in table.values():
@@ -64,7 +68,14 @@ def register(
                 f"  {other.run.__qualname__}{_shape_of(other.run)}\n"
                 f"  {run.__qualname__}{_shape_of(run)}\ngive both the same parameters, kinds and defaults"
             )
-    table[backend] = Implementation(run, why_not)
+
+    def reason(device: str) -> str | None:
+        missing = why_not(device)
+        if missing is not None or "torch" not in table:
+            return missing
+        return proof.why_not(op, backend, device, run, table["torch"].run)
+
+    table[backend] = Implementation(run, reason)
 
 
 def _shape_of(function: Callable[..., Any]) -> inspect.Signature:

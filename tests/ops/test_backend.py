@@ -2,12 +2,16 @@
 
 import inspect
 import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from hybrid_lm import ops
-from hybrid_lm.ops import backend
+from hybrid_lm.ops import backend, proof, trials
 from hybrid_lm.ops.external import packages
 from hybrid_lm.ops.native import library
 from hybrid_lm.ops.triton import ssd as triton
@@ -110,6 +114,137 @@ def test_a_kernel_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
         ("torch", True, None),
         ("reference", False, None),
     ]
+
+
+@dataclass
+class Tried:
+    """An op whose kernel computes `kernel`, on a device of which nothing is known; `asks` counts its runs."""
+
+    kernel: Callable[[torch.Tensor], torch.Tensor]
+    asks: int = 0
+    source: str = "one"
+
+    def chosen(self) -> str:
+        """What `auto` means in a new process."""
+        proof._VERDICTS.clear()
+        return backend.default_backend("toy", "cpu")
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tried:
+    monkeypatch.setenv("HYBRID_LM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(backend, "_OPS", {})
+    monkeypatch.setattr(proof, "_VERDICTS", {})
+    monkeypatch.setattr(proof, "DEVICES", {"cpu"})
+    state = Tried(lambda x: 2 * x)
+    monkeypatch.setattr(proof, "IDENTITIES", {"native": lambda: state.source})
+    trial = proof.Trial("a row", {"x": torch.arange(-8, 8, dtype=torch.float64)})
+    monkeypatch.setattr(trials, "TRIALS", {"toy": (lambda: trial,)})
+
+    def kernel(x):
+        state.asks += 1
+        return state.kernel(x)
+
+    backend.define("toy", reference=lambda x: 2 * x, torch=lambda x: x + x)
+    backend.register("toy", "native", run=kernel)
+    return state
+
+
+def test_a_kernel_that_agrees_is_tried_once(toy: Tried) -> None:
+    assert toy.chosen() == "native"
+    # in float32 and in bfloat16
+    assert toy.asks == 2
+    assert backend.default_backend("toy", "cpu") == toy.chosen() == "native"
+    assert toy.asks == 2
+    toy.source = "another"
+    assert toy.chosen() == "native"
+    assert toy.asks == 4
+    toy.source = "one"
+    assert toy.chosen() == "native"
+    assert toy.asks == 4
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (
+            lambda x: 2.01 * x,
+            "a row in float32: output 1 is off by 5.0e-03 of the largest value, and 4.9e-04",
+        ),
+        (lambda x: x + x.detach(), "a row in float32: the gradient of x is off by"),
+        (lambda x: 2 * x + torch.nan, "a row in float32: output 1 is off by nan"),
+        (lambda x: x + x if x.dtype == torch.float32 else 3 * x, "a row in bfloat16: output 1 is off by"),
+    ],
+)
+def test_a_kernel_that_differs_says_by_how_much(
+    toy: Tried, kernel: Callable[[torch.Tensor], torch.Tensor], reason: str
+) -> None:
+    toy.kernel = kernel
+    for _ in range(2):
+        assert toy.chosen() == "torch"
+        with pytest.raises(
+            ValueError, match="toy: backend 'native' cannot run on cpu: it does not agree"
+        ) as e:
+            ops.select("native", "cpu")
+        assert f"with PyTorch on this device, cpu: {reason}" in str(e.value)
+        # the second time it is read
+        assert toy.asks <= 2
+
+
+def test_a_kernel_that_fails_is_refused_and_one_without_memory_asked_again(toy: Tried) -> None:
+    def fails(x):
+        raise RuntimeError("no kernel image\nand more")
+
+    def has_no_memory(x):
+        raise torch.OutOfMemoryError("3 GiB")
+
+    toy.kernel = has_no_memory
+    assert toy.chosen() == toy.chosen() == "torch"
+    assert toy.asks == 2
+    toy.kernel = fails
+    assert toy.chosen() == toy.chosen() == "torch"
+    assert toy.asks == 3
+    [row] = [r for r in ops.report("cpu") if r.backend == "native"]
+    assert row.why_not == "it fails on this device, cpu: RuntimeError: no kernel image"
+
+
+def test_a_cache_that_is_broken_or_cannot_be_written(toy: Tried, tmp_path: Path) -> None:
+    assert toy.chosen() == "native"
+    [kept] = (tmp_path / "cache" / "proofs").iterdir()
+    for content in ("not JSON", "[]", '{"why_not": 3}', "{}"):
+        before = toy.asks
+        kept.write_text(content)
+        assert toy.chosen() == "native"
+        assert toy.asks == before + 2
+    # a file in the place of the folder: not even root can write into it
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("")
+    before = toy.asks
+    assert toy.chosen() == backend.default_backend("toy", "cpu") == "native"
+    assert toy.asks == before + 2
+
+
+def test_what_is_not_tried(toy: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.kernel = lambda x: 3 * x
+    monkeypatch.setenv("HYBRID_LM_PROOF", "0")
+    assert toy.chosen() == "native"
+    monkeypatch.delenv("HYBRID_LM_PROOF")
+    monkeypatch.setattr(proof, "DEVICES", {"cuda"})
+    assert toy.chosen() == "native"
+    # while a CUDA graph is recorded nothing is tried, and nothing remembered
+    proof._VERDICTS.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backend.default_backend("toy", "cuda") == "torch"
+    assert not proof._VERDICTS
+    assert toy.asks == 0
+
+
+def test_trying_leaves_no_trace_and_takes_no_mode(toy: Tried) -> None:
+    before = torch.get_rng_state()
+    toy.kernel = lambda x: torch.nn.functional.linear(x[None], 2 * torch.eye(16, dtype=x.dtype))[0]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert toy.chosen() == "native"
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_drift_of_signatures_names_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from hybrid_lm import ops
+from hybrid_lm.ops import proof, trials
+from hybrid_lm.ops.backend import default_backend
+from hybrid_lm.ops.native import library
 from hybrid_lm.ops.precision import wide
 from hybrid_lm.ops.triton import ssd as triton_ssd
 from hybrid_lm.ops.triton import tuning
@@ -342,18 +346,86 @@ def test_where_it_does_not_run_it_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         ops.select({"ssd": "triton"})
     monkeypatch.setattr(triton_ssd, "find_spec", lambda name: None)
+    triton_ssd._gpu.cache_clear()
     assert triton_ssd.why_not("cuda") == "triton is not installed: pip install triton"
+    triton_ssd._gpu.cache_clear()
 
 
-def test_it_runs_on_a_gpu_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_it_on_a_gpu_once_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_ssd, "_gpu", lambda: None)
-    monkeypatch.setattr(triton_ssd, "find_spec", lambda name: True)
-    assert ops.select({"ssd": "triton"}, "cuda")["ssd"] == "triton"
-    # Nobody gets it unasked before it has run on one.
-    assert ops.select("auto", "cuda")["ssd"] == "torch"
+    monkeypatch.setattr(proof, "_VERDICTS", {("ssd", "triton", "cuda"): None})
+    assert default_backend("ssd", "cuda") == "triton"
+    proof._VERDICTS["ssd", "triton", "cuda"] = "y is off by 1.0e+00"
+    assert default_backend("ssd", "cuda") == "torch"
+    with pytest.raises(ValueError, match="cannot run on cuda: y is off by"):
+        ops.select({"ssd": "triton"}, "cuda")
     monkeypatch.setattr(triton_ssd, "_gpu", lambda: "PyTorch sees no GPU")
     with pytest.raises(ValueError, match="cannot run on cuda: PyTorch sees no GPU"):
         ops.select({"ssd": "triton"}, "cuda")
+
+
+# The sizes of `trials.TRIALS` take the interpreter minutes.
+TRIALS = (
+    partial(trials.ssd, "some heads", 2, 40, 2, 5, 19, 1, chunk=16, reset=torch.arange(80).view(2, 40) == 17),
+    partial(trials.ssd, "one token", 2, 1, 2, 5, 19, 1, donate=True),
+)
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[Any, Any]]:
+    """A machine whose CPU counts as a GPU on which nothing has been tried, and that has no other kernels."""
+    verdicts: dict[Any, Any] = {}
+    monkeypatch.setenv("HYBRID_LM_CACHE", str(tmp_path))
+    monkeypatch.setenv("HYBRID_LM_NATIVE", "0")
+    monkeypatch.setattr(library, "library", lambda: library.Library(None, "switched off"))
+    monkeypatch.setattr(proof, "DEVICES", {"cpu"})
+    monkeypatch.setattr(proof, "_VERDICTS", verdicts)
+    monkeypatch.setattr(trials, "TRIALS", {"ssd": TRIALS})
+    proof._triton.cache_clear()
+    yield verdicts
+    proof._triton.cache_clear()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's kernels can be changed")
+def test_a_kernel_is_tried_before_auto_takes_it(
+    tried: dict[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert default_backend("ssd", "cpu") == "triton"
+    assert "trying the triton kernels of ssd" in capsys.readouterr().err
+    assert torch.equal(torch.get_rng_state(), before)
+    (kept,) = (tmp_path / "proofs").iterdir()
+    assert json.loads(kept.read_text())["why_not"] is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's kernels can be changed")
+@pytest.mark.parametrize(
+    "part", ["steps_kernel", "outputs_kernel", "gradients_kernel", "finish_kernel", "step_kernel"]
+)
+def test_a_wrong_kernel_is_refused_with_the_reason(
+    part: str, tried: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = triton_ssd.kernels()
+
+    class Wrong:
+        """The kernels, of which one does nothing."""
+
+        def __getattr__(self, name: str) -> Any:
+            return Nothing() if name == part else getattr(right, name)
+
+    class Nothing:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **settings: None
+
+    monkeypatch.setattr(triton_ssd, "kernels", Wrong)
+    assert default_backend("ssd", "cpu") == "torch"
+    reason = tried["ssd", "triton", "cpu"]
+    where = "one token" if part == "step_kernel" else "some heads"
+    assert reason.startswith(f"it does not agree with PyTorch on this device, cpu: {where} in float32: ")
+    assert "is off by" in reason
+    with pytest.raises(ValueError, match="ssd: backend 'triton' cannot run on cpu: it does not agree"):
+        ops.select({"ssd": "triton"}, "cpu")
 
 
 LIMITS = HERE.with_name("triton_limits.json")

@@ -43,15 +43,15 @@ def why_not(device: str) -> str | None:
         return None
     if device != "cuda":
         return f"Triton kernels run on NVIDIA GPUs, not on {device}"
-    if torch.version.hip is not None:
-        return "untested on AMD GPUs"
-    if find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
     return _gpu()
 
 
 @cache
 def _gpu() -> str | None:
+    if torch.version.hip is not None:
+        return "untested on AMD GPUs"
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     major, minor = torch.cuda.get_device_capability()
