@@ -199,6 +199,32 @@ def one_mixer(v: Inputs) -> Tensor:
     return mamba2_step(v["x"], v["dt"], v["A"], v["state"], groups=groups, dt_softplus=True, **kept)
 
 
+def token_inputs(s: Sizes, device: torch.device) -> Inputs:
+    """Of a token of Mamba-1 behind its projections, which lie between the convolution and the scan."""
+    b, d, n, w = (s[k] for k in "bdnw")
+    state = torch.randn(b, d, n, device=device)
+    made = {name: v for name, v in scan_inputs({**s, "t": 1}, device, gated=True).items() if name != "x"}
+    conv = {"x": _bf16(b, 1, d, device=device), "conv": _bf16(b, w - 1, d, device=device)}
+    weights = {"weight": torch.randn(d, w, device=device), "bias": torch.randn(d, device=device)}
+    return {"state": state} | made | conv | weights
+
+
+def our_token(v: Inputs, backend: str) -> Tensor:
+    """A token of Mamba-1 by two ops, of which the recurrence is this backend's."""
+    same: dict[str, Any] = (
+        {"backend": backend} if backend in able("causal_conv1d", v["x"].device.type) else {}
+    )
+    how: dict[str, Any] = {"activation": "silu", "initial": v["conv"], "donate": True, **same}
+    u, conv = causal_conv1d(v["x"], v["weight"], v["bias"], **how)
+    given: dict[str, Any] = {name: v[name] for name in ("dt", "A", "B", "C", "D", "z", "dt_bias")}
+    given |= {"dt_softplus": True, "initial": v["state"], "donate": True, "backend": backend}
+    y, state = selective_scan(u, **given)
+    for name, new in (("conv", conv), ("state", state)):
+        if new is not v[name]:
+            v[name].copy_(new)
+    return y
+
+
 def our_conv(v: Inputs, backend: str) -> Tensor:
     return causal_conv1d(v["x"], v["weight"], v["bias"], activation="silu", backend=backend)[0]
 
@@ -247,6 +273,13 @@ def step_floors(s: Sizes) -> Floors:
     return {"step_ms": 1e3 * 8.0 * s["b"] * s["h"] * s["p"] * s["n"] / COPY}
 
 
+def token_floors(s: Sizes) -> Floors:
+    """The float32 state and the convolution's in and out; x, dt and z in, y out, all bf16; A, which no batch
+    makes larger."""
+    channel = 8.0 * s["n"] + 4.0 * (s["w"] - 1) + 8.0
+    return {"step_ms": 1e3 * s["d"] * (s["b"] * channel + 4.0 * s["n"]) / COPY}
+
+
 LAYER = {"b": 8, "t": 4096, "d": 4096}
 TINY = {"b": 2, "t": 5, "d": 6}
 HEADS = {"h": 64, "p": 64, "g": 1, "n": 128}
@@ -271,6 +304,13 @@ def mixer_case(heads: int) -> GpuCase:
     sizes, small = {**HEADS, "b": heads // HEADS["h"], "w": 4}, {**FEW, "w": 4}
     how: dict[str, Any] = {"states": ("state", "conv"), "small": small, "one_kernel": one_mixer}
     return GpuCase(f"mamba2_{heads}", "ssd", sizes, mixer_inputs, our_mixer, peers.MIXER, step_floors, **how)
+
+
+def token_case(b: int) -> GpuCase:
+    sizes, small = {"b": b, "d": 4096, "n": 16, "w": 4}, {"b": 2, "d": 6, "n": 4, "w": 4}
+    how: dict[str, Any] = {"states": ("state", "conv"), "small": small}
+    made = (token_inputs, our_token, peers.TOKEN, token_floors)
+    return GpuCase(f"mamba_{b}", "selective_scan", sizes, *made, **how)
 
 
 CASES = {
@@ -316,5 +356,6 @@ CASES = {
         step_case(8192, {"step_ms": step_floors({**HEADS, "b": 128})["step_ms"] / 0.88}),
         *(step_case(heads) for heads in (64, 512, 1024, 4096, 32768)),
         *(mixer_case(heads) for heads in (64, 1024, 8192)),
+        *(token_case(b) for b in (1, 8, 64, 256)),
     )
 }

@@ -171,6 +171,20 @@ def mamba_mixer() -> Way:
     return Way(run)
 
 
+def mamba_token() -> Way:
+    """A token as Mamba-1 of mamba_ssm decodes it: causal_conv1d's update, then the state's with the gate."""
+    conv = import_module("causal_conv1d").causal_conv1d_update
+    fn = submodule("mamba_ssm.ops.triton.selective_state_update").selective_state_update
+
+    def run(v: Inputs) -> Tensor:
+        u = conv(v["x"][:, 0], v["conv"].transpose(1, 2), v["weight"], v["bias"], "silu")
+        dt, B, C, z = (v[name][:, 0] for name in ("dt", "B", "C", "z"))
+        how = {"D": v["D"], "z": z, "dt_bias": v["dt_bias"], "dt_softplus": True}
+        return fn(v["state"], u, dt, v["A"], B, C, **how)[:, None]
+
+    return Way(run)
+
+
 SCAN = (Peer("mamba_ssm", mamba_scan, packages=("mamba_ssm",)),)
 SSD = (
     Peer("mamba_ssm", mamba_ssd, packages=("mamba_ssm", "triton")),
@@ -183,4 +197,5 @@ CONV = (
     Peer("compile_shifted_sums", shifted_conv, packages=("triton",), compiled=True),
 )
 STEP = (Peer("mamba_ssm", mamba_step, packages=("mamba_ssm", "triton")),)
+TOKEN = (Peer("mamba_ssm", mamba_token, packages=("mamba_ssm", "causal_conv1d", "triton")),)
 MIXER = (Peer("mamba_ssm", mamba_mixer, packages=("mamba_ssm", "causal_conv1d", "triton")),)

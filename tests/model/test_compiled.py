@@ -136,6 +136,20 @@ def test_decoding_is_one_graph(kind: str, way: str, monkeypatch: pytest.MonkeyPa
         assert one.numbers() == state.numbers()
 
 
+@pytest.mark.skipif(library.why_not("cpu") is not None, reason="no native library")
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_leave_states_where_they_are(kind: str, way: str) -> None:
+    model = model_of(KINDS[kind], way)
+    state = model.empty_state(2)
+    places = []
+    for tokens in torch.randint(50, (3, 2)):
+        with torch.no_grad():
+            model(tokens[:, None], state=state)
+        places.append([leaf.tensor.data_ptr() for leaf in leaves(state) if leaf.path.startswith("layers")])
+    assert places[0] == places[1] == places[2]
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one at every token that one kernel works on."""
     calls: list[int] = []
