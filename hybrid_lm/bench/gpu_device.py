@@ -9,6 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -62,14 +64,18 @@ def clocks() -> dict[str, str] | None:
 
 
 def ceilings(device: torch.device, megabytes: int = 1024, n: int = 8192) -> dict[str, float]:
-    """Copying in TB/s read and written, and a bf16 matrix product in TFLOP/s, medians of ten."""
+    """Copying in TB/s read and written, a bf16 matrix product in TFLOP/s, and with triton exponentials in
+    10^12 per second; medians of ten."""
     source = torch.randn(megabytes << 18, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     copy = statistics.median(times(lambda: target.copy_(source), device, 10))
     product = statistics.median(times(lambda: torch.mm(a, b, out=out), device, 10))
-    return {"copy_tb_s": 8e-9 * source.numel() / copy, "matmul_tflop_s": 2e-9 * n**3 / product}
+    found = {"copy_tb_s": 8e-9 * source.numel() / copy, "matmul_tflop_s": 2e-9 * n**3 / product}
+    if find_spec("triton") is not None and torch.version.hip is None:
+        found["exp_t_s"] = 1e-12 * import_module("hybrid_lm.bench.gpu_exp").exp_rate(device)
+    return found
 
 
 def times(work: Work, device: torch.device, count: int) -> list[float]:

@@ -176,7 +176,9 @@ def fla_causal_conv1d(x, weight=None, bias=None, residual=None, initial_state=No
     return ops.causal_conv1d(x, weight, bias, activation=activation)
 
 
-def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
+def selective_state_update(
+    state, x, dt, A, B, C, D=None, z: Any = None, dt_bias: Any = None, dt_softplus=False
+):
     if A.dim() == 2:
         # Without heads: one with as many channels.
         x, dt, A, B, C, D, dt_bias = (v[None].movedim(0, at) for v, at in zip(
