@@ -1,0 +1,1 @@
+"""Stands for causal_conv1d 1.7."""
