@@ -175,6 +175,17 @@ def test_states_wider_than_a_program(generator: torch.Generator, monkeypatch: py
 
 
 @kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("full", [True, False])
+def test_wide_heads_are_taken_as_two_on_the_way_back(
+    full: bool, dtype: torch.dtype, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_ssd, "HALVED", 2)
+    case = small(20, p=4, h=4, groups=2, full=full)
+    check(case, case.make(generator), dtype)
+
+
+@kernel
 @pytest.mark.parametrize("unused", [0, 1], ids=["only the state is used", "only y is used"])
 def test_an_unused_output(unused: int, generator: torch.Generator) -> None:
     case = small(20)
@@ -307,7 +318,7 @@ def test_the_fastest_way_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(tuning, "on_device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(
-        tuning, "_milliseconds", lambda run: run() or {8: 1.0, 4: 2.0}[launched[-1].num_warps]
+        tuning, "_milliseconds", lambda run: run() or {3: 1.0, 2: 2.0, 1: 3.0}[launched[-1].num_stages]
     )
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
     candidates, launched = tuning.CANDIDATES["ssd_outputs"], []
@@ -326,15 +337,15 @@ def test_the_fastest_way_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert call() == candidates[0]
     assert len(launched) == 1
     capturing = False
-    assert call().num_warps == 8
+    assert call().num_stages == 3
     assert len(launched) == len(candidates) + 1
     fresh_process()
-    assert call().num_warps == 8
+    assert call().num_stages == 3
     assert len(launched) == 1
     (kept,) = (tmp_path / "triton").iterdir()
     kept.write_text("not JSON")
     fresh_process()
-    assert call().num_warps == 8
+    assert call().num_stages == 3
     assert len(launched) == len(candidates) + 1
     fresh_process()
 

@@ -27,10 +27,13 @@ from hybrid_lm.ops.native.operators import may_take, tracked
 from hybrid_lm.ops.precision import wide
 from hybrid_lm.ops.triton.tuning import Choice, best, interpreted, on_device_of
 
-# Widths of a state that one program takes; wider ones are cut before.
-MAX_P, MAX_N = 128, 256
-# Numbers of a state that one program keeps on chip while it walks.
-ROOM = 64 * 128
+# Widths of a state that one program takes; wider ones are cut before. Half the channels where the state of
+# each is wide.
+MAX_P, MAX_N, DEEP = 128, 256, 128
+# Channels of a head beyond which the backward pass takes it as two.
+HALVED = 64
+# What a program has room for where numbers are wider.
+ROOM = {torch.float32: (64, 64), torch.float64: (32, 64)}
 # Heads whose steps one program takes: the fewest that fill the smallest piece of memory, 32 bytes, in bf16.
 BH = 16
 # Programs that keep a large GPU busy (132 multiprocessors, two programs each).
@@ -75,8 +78,6 @@ def ssd_triton(
     donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     p, n = x.shape[3], B.shape[3]
-    if p > _max_p(n) or n > MAX_N:
-        return _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset, chunk)
     tensors = (x, dt, A, B, C, D, dt_bias)
     if x.shape[1] == 1 and not tracked(initial, *tensors):
         if donate and may_take(initial, wide(x), *tensors):
@@ -86,30 +87,36 @@ def ssd_triton(
         else:
             state = initial.to(wide(x), copy=True).contiguous()
         return _step(*tensors, dt_softplus, *dt_limit, state, reset), state
+    most = _most(x, B, C)
+    if p > most[0] or n > most[1]:
+        return _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset, chunk, most)
     return _ssd(*tensors, dt_softplus, *dt_limit, initial, reset, chunk)
 
 
-def _max_p(n: int) -> int:
-    """Channels of a head that one program takes: fewer where the state of each is wide."""
-    return MAX_P if n <= 128 else MAX_P // 2
+def _most(x: Tensor, B: Tensor, C: Tensor) -> tuple[int, int]:
+    """Channels of a head and states that one program takes."""
+    widest = max((x.dtype, B.dtype, C.dtype), key=lambda kind: kind.itemsize)
+    p, n = ROOM.get(widest, (MAX_P, MAX_N))
+    p, n = min(p, MAX_P), min(n, MAX_N)
+    return (p if B.shape[3] <= DEEP or n <= DEEP else p // 2), n
 
 
-def _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset, chunk):
+def _in_slices(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, reset, chunk, most):
     """States wider than a program's: channels are independent, and y is a sum over the states."""
     # the gradients of these are sums over slices, too: they are rounded after they are added
     dt, A = dt.to(wide(x)), A.to(wide(x))
     D, dt_bias = (None if v is None else v.to(wide(x)) for v in (D, dt_bias))
-    wide_p = _max_p(B.shape[3])
-    ends = (range(0, x.shape[3], wide_p), range(0, B.shape[3], MAX_N))
+    wide_p, wide_n = most
+    ends = (range(0, x.shape[3], wide_p), range(0, B.shape[3], wide_n))
     ys, states = [], []
     for i in ends[0]:
         parts, row = [], []
         for j in ends[1]:
-            start = None if initial is None else initial[:, :, i : i + wide_p, j : j + MAX_N]
+            start = None if initial is None else initial[:, :, i : i + wide_p, j : j + wide_n]
             y, state = ssd_triton(
                 # the parts of y are rounded after they are added
                 x[..., i : i + wide_p].to(wide(x) if len(ends[1]) > 1 else x.dtype),
-                dt, A, B[..., j : j + MAX_N], C[..., j : j + MAX_N],
+                dt, A, B[..., j : j + wide_n], C[..., j : j + wide_n],
                 D=D if j == 0 else None, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
                 initial=start, reset=reset, chunk=chunk,
             )  # fmt: skip
@@ -151,8 +158,9 @@ def ssd_conv(
     window = None if conv_initial is None else conv_initial.to(x.dtype)
     taps, bias = weight.flatten(0, 1), None if conv_bias is None else conv_bias.flatten()
     flat = None if window is None else window.flatten(2)
-    one = x.shape[1] == 1 or p > _max_p(B.shape[3]) or B.shape[3] > MAX_N
-    if one or tracked(x, weight, dt, A, B, C, conv_bias, window, D, dt_bias, initial):
+    most = _most(x, B, C)
+    apart = x.shape[1] == 1 or p > most[0] or B.shape[3] > most[1]
+    if apart or tracked(x, weight, dt, A, B, C, conv_bias, window, D, dt_bias, initial):
         u, conv = causal_conv1d(
             x.flatten(2), taps, bias, activation="silu", initial=flat, reset=reset
         )  # fmt: skip
@@ -209,6 +217,16 @@ def _shape(x: Tensor, B: Tensor, chunk: int, widest: int = 64) -> Shape:
         raise ValueError(f"ssd: {h} heads are no multiple of {g} groups")
     widest = min(widest, {torch.bfloat16: 64, torch.float64: 16}.get(x.dtype, 32))
     return Shape(b, t, h, p, n, g, _tile(min(chunk, widest)), _tile(n), _tile(p))
+
+
+def _kind(types: dict[str, Any], s: Shape, *sizes: str) -> str:
+    """The name that the choices for these types and, of `sizes`, this state are listed under."""
+    if types["PRECISION"] == "ieee" and "_double" in sizes:
+        return "_double"
+    if not _coarse(types):
+        return "_exact" if "_exact" in sizes else ""
+    fits = {"_deep": s.n > DEEP, "_wide": s.p > 64, "_small": s.n <= 64}
+    return next((name for name in sizes if fits.get(name)), "")
 
 
 def _tile(size: int) -> int:
@@ -316,7 +334,12 @@ def _walk(
             | {"REVERSE": reverse, "Q": s.Q, "BN": BN, "BP": BP} | conv[1],
         )  # fmt: skip
 
-    best("ssd_states", launch, v, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], reverse))
+    best(
+        "ssd_states" + _kind(types, s, "_exact"),
+        launch,
+        v,
+        (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], reverse),
+    )
     return end
 
 
@@ -362,7 +385,7 @@ def _forward(
         start, state = initial, x.new_empty((s.b, s.h, s.p, s.n), dtype=wide(x))
 
     def launch(choice: Choice) -> None:
-        BP = max(16, min(choice.BP, s.BP, ROOM // s.BN))
+        BP = min(choice.BP, s.BP)
         kernels().outputs_kernel[(s.b * s.h, -(-s.p // BP), -(-s.chunks // span))](
             x, steps.planes, steps.document, B, C, D, start, y, state, *conv[0],
             s.t, s.h, s.p, s.n, s.heads, -(-s.chunks // span), span, steps.plane,
@@ -371,7 +394,9 @@ def _forward(
             | {"HAS_START": start is not None, "KEPT": spans > 1, "Q": s.Q, "BN": s.BN, "BP": BP} | conv[1],
         )  # fmt: skip
 
-    best("ssd_outputs", launch, x, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], spans > 1, conv[1]["W"]))
+    kind = _kind(types, s, "_double", "_exact", "_deep", "_wide")
+    about = (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], spans > 1, conv[1]["W"])
+    best("ssd_outputs" + kind, launch, x, about)
     return y, state
 
 
@@ -391,6 +416,10 @@ def backward(
     initial: Tensor | None, reset: Tensor | None, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, dt_bias and the initial state; empty for what is absent."""
+    if x.shape[3] > HALVED and x.shape[3] % 2 == 0:
+        return _backward_in_halves(
+            gy, gstate, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_low, dt_high, initial, reset, chunk
+        )
     s, types = _backward_shape(x, B, chunk), _types(x, B, C)
     gy = x.new_zeros(x.shape) if gy is None else gy
     gy, x, B, C = _rows(gy), _rows(x), _rows(B), _rows(C)
@@ -418,7 +447,12 @@ def backward(
             | {"Q": s.Q, "BN": s.BN, "BP": s.BP},
         )  # fmt: skip
 
-    best("ssd_gradients", launch, x, (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], share))
+    best(
+        "ssd_gradients" + _kind(types, s, "_small"),
+        launch,
+        x,
+        (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], share),
+    )
     with on_device_of(x):
         kernels().finish_kernel[(s.chunks, -(-s.h // BH), s.b)](
             A, _flag(reset, x), steps.planes, rows, inner, gdt, sums, s.t, s.h, steps.plane,
@@ -435,9 +469,39 @@ def backward(
     )  # fmt: skip
 
 
+def _backward_in_halves(
+    gy: Tensor | None, gstate: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_low: float, dt_high: float,
+    initial: Tensor | None, reset: Tensor | None, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same for wide heads: as twice as many, two and two with the same steps."""
+
+    def halves(v: Tensor | None, axis: int) -> Tensor | None:
+        return None if v is None else v.unflatten(axis, (2, -1)).flatten(axis - 1, axis)
+
+    def twice(v: Tensor, axis: int) -> Tensor:
+        # wide, as their gradients are rounded after they are added
+        return v.to(wide(x)).repeat_interleave(2, axis)
+
+    def once(grad: Tensor, like: Tensor) -> Tensor:
+        return grad.unflatten(-1, (-1, 2)).sum(-1).to(like.dtype)
+
+    D2, bias2 = (None if v is None else twice(v, 0) for v in (D, dt_bias))
+    gx, gdt, gA, gB, gC, gD, gbias, ginitial = backward(
+        halves(gy, 3), halves(gstate, 2), x.unflatten(3, (2, -1)).flatten(2, 3), twice(dt, 2), twice(A, 0),
+        B, C, D2, bias2, dt_softplus, dt_low, dt_high, halves(initial, 2), reset, chunk,
+    )  # fmt: skip
+    return (
+        gx.view(x.shape), once(gdt, dt), once(gA, A), gB, gC, gD if D is None else once(gD, D),
+        gbias if dt_bias is None else once(gbias, dt_bias),
+        ginitial if initial is None else ginitial.view(initial.shape),
+    )  # fmt: skip
+
+
 def _backward_shape(x: Tensor, B: Tensor, chunk: int) -> Shape:
     """Shorter chunks for wide states, whose gradients would not fit on chip beside them."""
-    return _shape(x, B, chunk, widest=64 if B.shape[3] * max(x.shape[3], 64) <= 128 * 64 else 32)
+    widest = 64 if B.shape[3] * max(x.shape[3], 64) <= 128 * 64 else 32
+    return _shape(x, B, chunk, widest if x.dtype == torch.bfloat16 else 16)
 
 
 def _shares(s: Shape) -> tuple[int, int]:

@@ -141,7 +141,9 @@ def steps_kernel(
     a = tl.load(A + heads, mask=known, other=0.0).to(WIDE)
     bias = tl.load(BIAS + heads, mask=known, other=0.0).to(WIDE)[None, :] if HAS_BIAS else 0.0
     raw = tl.load(DT + b * db + rows[:, None] * dt_ + heads[None, :] * dh, mask=wanted, other=0.0).to(WIDE)
-    d, slope = step_sizes(raw, inside[:, None], bias, SOFTPLUS, LIMITS, LOW, HIGH)
+    d, slope = step_sizes(  # pyright: ignore[reportGeneralTypeIssues]
+        raw, inside[:, None], bias, SOFTPLUS, LIMITS, LOW, HIGH
+    )
     exact = tl.cumsum(d.to(tl.float64) * (a.to(tl.float64) * LOG2E)[None, :], 0)
     document, _ = documents(RESET, b * t, rows, inside, HAS_RESET, Q)
     length = tl.num_programs(0) * Q

@@ -38,25 +38,46 @@ class Choice(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# The first is taken where nothing can be measured.
+# The first is taken where nothing can be measured. By what a kernel has on chip: "_wide" for more than 64
+# channels of a head, "_deep" for more than 128 states, "_small" for at most 64; "_exact" for factors of four
+# bytes, "_double" for float64. Left out is what the compiler has no room for: fewer than 64 rows cannot go to
+# the tensor cores of Hopper, and more on chip than these spills in the loop.
 CANDIDATES: dict[str, tuple[Choice, ...]] = {
     "ssd_outputs": (
         Choice(64, num_warps=4, num_stages=2),
+        Choice(64, num_warps=4, num_stages=3),
         Choice(64, num_warps=4, num_stages=1),
+    ),
+    "ssd_outputs_wide": (
+        Choice(128, num_warps=8, num_stages=2),
+        Choice(128, num_warps=8, num_stages=3),
+        Choice(64, num_warps=4, num_stages=2),
+    ),
+    "ssd_outputs_deep": (
+        Choice(64, num_warps=4, num_stages=1),
+        Choice(64, num_warps=4, num_stages=2),
+    ),
+    "ssd_outputs_exact": (
         Choice(64, num_warps=8, num_stages=2),
-        Choice(32, num_warps=4, num_stages=2),
-        Choice(32, num_warps=4, num_stages=3),
+        Choice(64, num_warps=4, num_stages=2),
+    ),
+    "ssd_outputs_double": (
+        Choice(64, num_warps=8, num_stages=1),
+        Choice(64, num_warps=4, num_stages=1),
     ),
     "ssd_states": (
         Choice(64, 128, num_warps=4, num_stages=2),
+        Choice(64, 128, num_warps=4, num_stages=3),
         Choice(64, 64, num_warps=4, num_stages=3),
-        Choice(32, 64, num_warps=4, num_stages=3),
-        Choice(64, 128, num_warps=8, num_stages=3),
     ),
-    "ssd_gradients": (
+    "ssd_states_exact": (
+        Choice(64, 64, num_warps=4, num_stages=2),
+        Choice(32, 64, num_warps=4, num_stages=2),
+    ),
+    "ssd_gradients": (Choice(num_warps=8, num_stages=1),),
+    "ssd_gradients_small": (
         Choice(num_warps=8, num_stages=1),
         Choice(num_warps=8, num_stages=2),
-        Choice(num_warps=4, num_stages=1),
     ),
 }
 
