@@ -20,7 +20,7 @@ from hybrid_lm.ops.causal_conv1d import causal_conv1d
 from hybrid_lm.ops.external.packages import Needs, Package, aligned, refusing
 from hybrid_lm.ops.native.operators import may_take
 
-PACKAGE = Package("causal_conv1d", "causal-conv1d", (1, 5))
+PACKAGE = Package("causal_conv1d", "causal-conv1d", (1, 5, 2))
 NEEDS = Needs(PACKAGE, "causal_conv1d.cpp_functions", "causal_conv1d_cuda")
 
 TAPS = (2, 3, 4)

@@ -24,7 +24,7 @@ class Package(NamedTuple):
 
     name: str
     distribution: str
-    oldest: tuple[int, int]
+    oldest: tuple[int, ...]
 
 
 class Needs(NamedTuple):
