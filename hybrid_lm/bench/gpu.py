@@ -10,12 +10,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid_lm.bench.gpu_cases import CASES, GpuCase, Sizes, able, reasons
+from hybrid_lm.bench.gpu_cases import GpuCase, Sizes, able, reasons
 from hybrid_lm.bench.gpu_checks import SIZES, checks
 from hybrid_lm.bench.gpu_device import (
     ceilings,
@@ -27,6 +28,7 @@ from hybrid_lm.bench.gpu_device import (
     times,
     times_after,
 )
+from hybrid_lm.bench.gpu_models import ModelCase, known, measure_model
 from hybrid_lm.bench.gpu_peers import Inputs, Way
 from hybrid_lm.bench.measure import Candidate, Row, add_ratios, attempt, choose, interleaved, spread
 
@@ -63,7 +65,7 @@ def bench_gpu(
 ) -> dict[str, Any]:
     """Checks, then measures; returns the document that is written.
 
-    cases    names of `CASES`; None for all
+    cases    names of what is `known`; None for all
     only     names of candidates; None for all
     compiled whether candidates under torch.compile take part
     device   by default the first GPU; a test gives the CPU
@@ -75,7 +77,7 @@ def bench_gpu(
     if device is None and (reason := no_gpu()) is not None:
         raise ValueError(f"{reason}; --dry-run lists what would be measured")
     device = torch.device("cuda", 0) if device is None else device
-    chosen = [CASES[name] for name in choose("case", cases, CASES)]
+    chosen = [known()[name] for name in choose("case", cases, known())]
     kind = device.type
     names = choose("candidate", only, [c.name for case in chosen for c in case.candidates(kind)])
     document: dict[str, Any] = {
@@ -93,14 +95,26 @@ def bench_gpu(
         candidates = [c for c in case.candidates(kind) if c.name in names and (compiled or not c.compiled)]
         sizes = case.small if small else case.sizes
         said = f"{case.name}: "
-        found = measure(case, sizes, candidates, wrong, device, repeat, lambda t, said=said: tell(said + t))
+        told = partial(_with, said, tell)
+        if isinstance(case, ModelCase):
+            found = measure_model(case, sizes, [c.name for c in candidates], device, repeat, told)
+        else:
+            found = measure(case, sizes, candidates, wrong, device, repeat, told)
         document["cases"].append(found | {"clocks": clocks() if kind == "cuda" else None})
         done(document)
     return document
 
 
+def _with(before: str, tell: Tell, text: str) -> None:
+    tell(before + text)
+
+
 def check_ours(
-    document: dict[str, Any], cases: Sequence[GpuCase], names: Sequence[str], device: torch.device, tell: Tell
+    document: dict[str, Any],
+    cases: Sequence[GpuCase | ModelCase],
+    names: Sequence[str],
+    device: torch.device,
+    tell: Tell,
 ) -> set[tuple[str, str]]:
     """Writes the rows of all checks into the document; the (op, backend) that fail one."""
     wrong = set()

@@ -7,14 +7,20 @@ from typing import Any
 
 from rich.console import Console
 
-from hybrid_lm.bench.gpu_cases import CASES, able, reasons
+from hybrid_lm.bench.gpu_cases import able, reasons
 from hybrid_lm.bench.gpu_device import no_gpu
-from hybrid_lm.bench.measure import Candidate
+from hybrid_lm.bench.gpu_models import known
 from hybrid_lm.bench.report import figure
 from hybrid_lm.eval.table import NONE, print_table
 
 Document = Mapping[str, Any]
-WORDS = {"fwd_ms": "fwd ms", "bwd_ms": "bwd ms", "fwd_bwd_ms": "fwd+bwd ms", "step_ms": "step ms"}
+WORDS = {
+    "fwd_ms": "fwd ms",
+    "bwd_ms": "bwd ms",
+    "fwd_bwd_ms": "fwd+bwd ms",
+    "step_ms": "step ms",
+    "token_ms": "token ms",
+}
 
 
 def plan(console: Console, cases: list[str]) -> None:
@@ -25,21 +31,20 @@ def plan(console: Console, cases: list[str]) -> None:
     )
     lines = []
     for name in cases:
-        case = CASES[name]
+        case = known()[name]
         floors = case.floors(case.sizes)
         told = ", ".join(f"{WORDS[key]} {figure(v)}{reach(case.reach, key)}" for key, v in floors.items())
         lines.append([name, shape(case.sizes), told, ", ".join(able(case.op, "cuda"))])
     print_table(console, "", ["case", "sizes", "floor (to be reached)", "ours"], lines)
-    for op in dict.fromkeys(CASES[name].op for name in cases):
+    for op in dict.fromkeys(known()[name].op for name in cases):
         for backend, why in reasons(op, "cuda").items():
             console.print(f"{op}: {backend} does not run on cuda: {why}", markup=False, highlight=False)
-    by_peers: dict[tuple[Candidate, ...], list[str]] = {}
+    by_peers: dict[str, list[str]] = {}
     for name in cases:
-        by_peers.setdefault(CASES[name].peers, []).append(name)
-    for peers, names in by_peers.items():
-        for peer in peers:
-            told = f"{', '.join(names)}: {peer.name}: {peer.missing() or 'installed'}"
-            console.print(told, markup=False, highlight=False)
+        for peer in known()[name].peers:
+            by_peers.setdefault(f"{peer.name}: {peer.missing() or 'installed'}", []).append(name)
+    for told, names in by_peers.items():
+        console.print(f"{', '.join(names)}: {told}", markup=False, highlight=False)
 
 
 def reach(goals: Mapping[str, float], key: str) -> str:
@@ -95,6 +100,8 @@ def sentences(case: Mapping[str, Any]) -> Iterator[str]:
     for name, row in case["candidates"].items():
         if row.get("note"):
             yield f"{name}: {row['status']}: {row['note']}"
+        if "graph_breaks" in row:
+            yield f"{name}: {row['graph_breaks']} breaks in the graph"
     for backend, why in case["not_run"].items():
         yield f"{backend}: {why}"
     best = case["candidates"].get(case["base"], {})

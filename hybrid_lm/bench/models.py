@@ -21,6 +21,7 @@ RECURRENCE = {"mamba": "selective_scan", "mamba2": "ssd"}
 NAMES = (
     ("backbone.", ""),
     ("embeddings.", "embed."),
+    ("embedding.", "embed."),
     ("norm_f.", "final_norm."),
     (".mixer.norm.weight", ".layer.norm_weight"),
     (".mixer.conv1d.", ".layer.conv_"),
@@ -28,7 +29,7 @@ NAMES = (
     (".mixer.", ".layer."),
     (".norm.", ".pre_norm."),
 )
-"""Parts of the parameters' names: transformers' and ours."""
+"""Parts of the parameters' names: transformers' or mamba_ssm's, and ours."""
 
 
 def ours(

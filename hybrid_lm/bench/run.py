@@ -12,7 +12,7 @@ from rich.console import Console
 from hybrid_lm.bench import gpu_report, report
 from hybrid_lm.bench.generate import bench_generate
 from hybrid_lm.bench.gpu import bench_gpu
-from hybrid_lm.bench.gpu_cases import CASES as GPU_CASES
+from hybrid_lm.bench.gpu_models import known
 from hybrid_lm.bench.measure import choose
 from hybrid_lm.bench.ops import bench_ops
 from hybrid_lm.bench.train import bench_train
@@ -87,7 +87,7 @@ def _gpu(
 ) -> dict[str, Any]:
     """Raw numbers go to `out`; in a checkout by default to evals/results/gpu/<the GPU's name>.json."""
     if dry_run:
-        gpu_report.plan(console, choose("case", cases, GPU_CASES))
+        gpu_report.plan(console, choose("case", cases, known()))
         return {"bench": "gpu", "checks": [], "cases": []}
 
     def done(document: Mapping[str, Any]) -> None:

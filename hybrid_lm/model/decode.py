@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from hybrid_lm.model.lm import HybridLM, ModelState
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
 """Takes down what a function does on the device, without doing it; returns what does it, and the tensor where
 the function's result will lie."""
+Work = Callable[[Tensor, ModelState], Tensor]
+"""Logits (b v) of tokens (b,) and a state, which it updates."""
 
 
 class Leaf(NamedTuple):
@@ -106,36 +109,43 @@ def cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
 
 
 class Recorded:
-    """A step that was recorded, and the memory that it works on: that of a state, which may change."""
+    """A step and the memory that it works on, always the same; whose state that is may change."""
 
-    def __init__(self, work: Callable[[Tensor], Tensor], tokens: Tensor, state: ModelState, record: Record):
-        """`work`: logits (b v) of tokens (b,), which updates the state."""
-        self.tokens = tokens.clone()
+    def __init__(self, work: Work, tokens: Tensor, state: ModelState):
+        self.work, self.tokens = work, tokens.clone()
         self.held: list[Tensor] = []
+        self.replay: Callable[[], Any] | None = None
+        self.logits: Tensor | None = None
+        self.warm = False
         storages = set[int]()
         for leaf in leaves(state):
             own, place = leaf.tensor, leaf.tensor.untyped_storage().data_ptr()
             # Views of what others hold, too, cannot be written to.
             if not own.is_contiguous() or place in storages:
-                own = own.clone()
+                own = own.clone(memory_format=torch.contiguous_format)
             storages.add(place)
             setattr(leaf.holder, leaf.name, own)
             self.held.append(own)
+        self.own(state)
 
-        def step() -> Tensor:
-            logits = work(self.tokens)
-            self.bring_back(state)
-            return logits
-
-        seen = state.seen
+    def once(self, state: ModelState) -> Tensor:
+        """The step itself: logits (b v), and everything back in its place."""
         try:
-            self.replay, self.logits = record(step)
+            logits = self.work(self.tokens, state)
+            self.bring_back(state)
         finally:
-            # Nothing was done yet.
-            state.seen = seen
             for leaf, own in zip([*leaves(state)], self.held, strict=True):
                 setattr(leaf.holder, leaf.name, own)
-        self.own(state)
+            self.own(state)
+        return logits
+
+    def take_down(self, state: ModelState, record: Record) -> None:
+        """Records the step, which is not done by that."""
+        seen = state.seen
+        try:
+            self.replay, self.logits = record(lambda: self.once(state))
+        finally:
+            state.seen = seen
 
     def bring_back(self, state: ModelState) -> None:
         """Puts what a step made anew where the next one looks for it."""
@@ -183,6 +193,8 @@ class Recorded:
     def step(self, tokens: Tensor, state: ModelState) -> Tensor:
         """Logits (b v) after one more token."""
         self.tokens.copy_(tokens)
+        if self.replay is None or self.logits is None:
+            return self.once(state)
         self.replay()
         state.seen += 1
         return self.logits.clone()
@@ -207,7 +219,6 @@ class Decoder:
         self.recorded: list[tuple[dict[str, Any], Recorded]] = []
         self.current: Recorded | None = None
         self.tried: dict[str, Any] | None = None
-        self.warm: dict[str, Any] | None = None
         self.changed: weakref.ref[ModelState] | None = None
         self.refused: tuple[weakref.ref[ModelState], str] | None = None
 
@@ -225,15 +236,16 @@ class Decoder:
                 self.current.adopt(state)
             elif self.tried != now:
                 return self.first(tokens, state, now)
-            elif self.compiled is not None and (self.record is None or self.warm != now):
-                self.warm, self.why_not = now, "this step is compiled and not recorded"
-                return self.run(self.compiled, tokens, state)
             else:
-                self.current = self.recording(tokens, state)
-                if self.current is None:
-                    return self.run(self.logits, tokens, state)
+                self.current = Recorded(partial(self.run, self.compiled or self.logits), tokens, state)
                 self.recorded.append((now, self.current))
-        return self.current.step(tokens, state)
+        one = self.current
+        if one.replay is None:
+            if self.record is None or (self.compiled is not None and not one.warm):
+                one.warm, self.why_not = True, "this step is compiled and not recorded"
+            elif not self.take_down(one, state, self.record):
+                return self.run(self.logits, tokens, state)
+        return one.step(tokens, state)
 
     def reason(self, state: ModelState) -> str | None:
         """Why a step of this state is not recorded, as far as that is known without a look at one."""
@@ -251,7 +263,7 @@ class Decoder:
         """The model's, (b v)."""
         return self.model(tokens[:, None], state=state).logits[:, -1]
 
-    def run(self, work: Callable[[Tensor, ModelState], Tensor], tokens: Tensor, state: ModelState) -> Tensor:
+    def run(self, work: Work, tokens: Tensor, state: ModelState) -> Tensor:
         """A step that is done at once. How many tokens were read is counted outside: a compiled step would be
         another one for every count."""
         seen, state.seen = state.seen, 0
@@ -281,13 +293,14 @@ class Decoder:
             self.changed = weakref.ref(state)
         return logits
 
-    def recording(self, tokens: Tensor, state: ModelState) -> Recorded | None:
-        """The step recorded; None, and the reason told, where that cannot be."""
-        assert self.record is not None
-        work = self.compiled or self.logits
+    def take_down(self, one: Recorded, state: ModelState, record: Record) -> bool:
+        """Records a step; False, and the reason told, where that cannot be."""
         try:
-            return Recorded(lambda one: self.run(work, one, state), tokens, state, self.record)
+            one.take_down(state, record)
         except RuntimeError as error:
             self.why_not = f"a step cannot be recorded: {(str(error).splitlines() or [''])[0]}"
             self.refused = weakref.ref(state), self.why_not
-            return None
+            self.recorded = [(form, other) for form, other in self.recorded if other is not one]
+            self.current = None
+            return False
+        return True

@@ -65,8 +65,12 @@ class Tape(TorchDispatchMode):
 
 def tape(step: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
     """As `decode.cuda_graph`."""
-    with Tape() as taken:
-        out = step()
-    for v, was in reversed(taken.before):
-        v.copy_(was)
+    taken = Tape()
+    try:
+        # What was compiled cannot be taken down: it is done as it was before.
+        with torch.compiler.set_stance("force_eager"), taken:
+            out = step()
+    finally:
+        for v, was in reversed(taken.before):
+            v.copy_(was)
     return taken.replay, out
