@@ -65,6 +65,7 @@ CASES = [
     small(16, groups=2),
     small(37, h=4, groups=2),
     small(21, p=17, n=19),
+    small(32, p=16, n=16),
     small(35, full=False, reset=False),
     small(35, full=False),
     *(small(21, reset=reset) for reset in ("first", "all")),
@@ -126,7 +127,7 @@ def test_equals_the_reference(case: Case, generator: torch.Generator) -> None:
 
 @kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES[:4], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", CASES[:5], ids=lambda c: c.id)
 def test_types(case: Case, dtype: torch.dtype, generator: torch.Generator) -> None:
     check(case, case.make(generator), dtype)
 

@@ -206,6 +206,11 @@ class Shape(NamedTuple):
         """Heads of a group."""
         return self.h // self.g
 
+    def tiles(self, BN: int, BP: int) -> dict[str, Any]:
+        """Sizes of tiles as the kernels take them; WHOLE: they end where the tensors do and need no mask."""
+        whole = self.t % self.Q == 0 and self.n % BN == 0 and self.p % BP == 0
+        return {"Q": self.Q, "BN": BN, "BP": BP, "WHOLE": whole}
+
 
 def _shape(x: Tensor, B: Tensor, chunk: int, widest: int = 64) -> Shape:
     """The sizes, and tiles for them: chunks are shorter where numbers take more room on chip."""
@@ -225,7 +230,7 @@ def _kind(types: dict[str, Any], s: Shape, *sizes: str) -> str:
         return "_double"
     if not _coarse(types):
         return "_exact" if "_exact" in sizes else ""
-    fits = {"_deep": s.n > DEEP, "_wide": s.p > 64, "_small": s.n <= 64}
+    fits = {"_deep": s.n > DEEP, "_wide": s.p > 64}
     return next((name for name in sizes if fits.get(name)), "")
 
 
@@ -331,7 +336,7 @@ def _walk(
             s.t, s.h, s.p, s.n, s.heads, kept.shape[2], span, steps.plane,
             *v.stride()[:3], *u.stride()[:3],
             **types | choice.options | {"HAS_START": start is not None, "HAS_RESET": steps.has_reset}
-            | {"REVERSE": reverse, "Q": s.Q, "BN": BN, "BP": BP} | conv[1],
+            | {"REVERSE": reverse} | s.tiles(BN, BP) | conv[1],
         )  # fmt: skip
 
     best(
@@ -361,7 +366,8 @@ def forward_conv(
     """The same, of silu(conv(x)): weight (h p w), conv_bias (h p), window (b w-1 h p)."""
     options = _options(dt_bias, reset, dt_softplus, (dt_low, dt_high))
     documents = None if reset is None else reset.cumsum(1, dtype=torch.int32)
-    pointers = (*_packed(weight, conv_bias, window), documents)
+    # a tap's channels side by side, as the kernels read them
+    pointers = (*_packed(weight.permute(2, 0, 1), conv_bias, window), documents)
     settings = {"HAS_CBIAS": conv_bias is not None, "HAS_WINDOW": window is not None, "W": weight.shape[2]}
     conv = (pointers, settings)
     return _forward(x, dt, A, B, C, D, dt_bias, initial, reset, chunk, options, conv)
@@ -391,7 +397,7 @@ def _forward(
             s.t, s.h, s.p, s.n, s.heads, -(-s.chunks // span), span, steps.plane,
             *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
             **types | choice.options | {"HAS_D": D is not None, "HAS_RESET": steps.has_reset}
-            | {"HAS_START": start is not None, "KEPT": spans > 1, "Q": s.Q, "BN": s.BN, "BP": BP} | conv[1],
+            | {"HAS_START": start is not None, "KEPT": spans > 1} | s.tiles(s.BN, BP) | conv[1],
         )  # fmt: skip
 
     kind = _kind(types, s, "_double", "_exact", "_deep", "_wide")
@@ -444,11 +450,11 @@ def backward(
             s.t, s.h, s.p, s.n, s.heads, share, steps.plane,
             *gy.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
             **types | choice.options | {"HAS_D": D is not None, "HAS_RESET": steps.has_reset}
-            | {"Q": s.Q, "BN": s.BN, "BP": s.BP},
+            | s.tiles(s.BN, s.BP),
         )  # fmt: skip
 
     best(
-        "ssd_gradients" + _kind(types, s, "_small"),
+        "ssd_gradients" + _kind(types, s, "_exact"),
         launch,
         x,
         (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], share),

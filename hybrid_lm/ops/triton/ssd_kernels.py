@@ -54,6 +54,14 @@ def documents(reset, base, rows, inside, RESET: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
+def box(rows, columns, WHOLE: tl.constexpr):
+    """Where a tile is inside its tensor; WHOLE: everywhere, which the compiler then knows."""
+    if WHOLE:
+        return tl.full((rows.shape[0], columns.shape[0]), True, tl.int1)
+    return rows[:, None] & columns[None, :]
+
+
+@triton.jit
 def decays(steps, plane, document, Q: tl.constexpr, HAS_RESET: tl.constexpr, EXACT: tl.constexpr):
     """L (j i): the decay from token j to token i; 0 where i < j and across documents."""
     q = tl.arange(0, Q)
@@ -89,8 +97,8 @@ def convolved(
 ):  # fmt: skip
     """silu of the causal convolution of a chunk of x (Q BP), rounded to x's type as if it had been stored.
 
-    x, taps, bias and documents (starts so far, of every token) begin at this sequence and head, and so does
-    window (w-1 width), the inputs before the first token.
+    x, taps (w width), bias and documents (starts so far, of every token) begin at this sequence and head, and
+    so does window (w-1 width), the inputs before the first token.
     """
     total = tl.zeros((rows.shape[0], ps.shape[0]), WIDE)
     if HAS_CBIAS:
@@ -108,7 +116,7 @@ def convolved(
             before = inside & (at < 0) & (mine == 0)
             place = window + (at + (W - 1))[:, None] * width + ps[None, :]
             v = v.to(WIDE) + tl.load(place, mask=before[:, None] & (ps[None, :] < p), other=0.0).to(WIDE)
-        total += v.to(WIDE) * tl.load(taps + ps * W + k, mask=ps < p, other=0.0).to(WIDE)[None, :]
+        total += v.to(WIDE) * tl.load(taps + k * width + ps, mask=ps < p, other=0.0).to(WIDE)[None, :]
     return (total / (1.0 + tl.exp2(-total * LOG2E))).to(x.dtype.element_ty)
 
 
@@ -174,7 +182,7 @@ def states_kernel(
     vb, vt, vh, ub, ut, ug,
     HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
     REVERSE: tl.constexpr, HAS_CBIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, W: tl.constexpr,
-    Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    WHOLE: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walks the chunks of one head with a block of its state on chip, and keeps the state at every `span`-th.
@@ -193,7 +201,7 @@ def states_kernel(
     V += b * vb + head * vh
     U += b * ub + head // heads * ug
     STEPS += bh * (chunks * Q)
-    tile = (ps[:, None] < p) & (ns[None, :] < n)
+    tile = box(ps < p, ns < n, WHOLE)
     place = ps[:, None] * n + ns[None, :]
     S = tl.zeros((BP, BN), WIDE)
     if HAS_START:
@@ -210,14 +218,14 @@ def states_kernel(
         inside = rows < t
         if W > 0:
             v = convolved(
-                V, TAPS + head * p * W, CBIAS + head * p if HAS_CBIAS else CBIAS,
+                V, TAPS + head * p, CBIAS + head * p if HAS_CBIAS else CBIAS,
                 WINDOW + b * (W - 1) * (h * p) + head * p if HAS_WINDOW else WINDOW,
                 DOCUMENTS + b * t if HAS_RESET else DOCUMENTS,
                 rows, inside, ps, p, vt, h * p, HAS_CBIAS, HAS_WINDOW, HAS_RESET, W, WIDE,
             )  # fmt: skip
         else:
-            v = tl.load(V + begin * vt + v_tile, mask=inside[:, None] & (ps[None, :] < p), other=0.0)
-        u = tl.load(U + begin * ut + u_tile, mask=inside[:, None] & (ns[None, :] < n), other=0.0).to(OPERAND)
+            v = tl.load(V + begin * vt + v_tile, mask=box(inside, ps < p, WHOLE), other=0.0)
+        u = tl.load(U + begin * ut + u_tile, mask=box(inside, ns < n, WHOLE), other=0.0).to(OPERAND)
         weight = tl.load(STEPS + (2 if REVERSE else 3) * plane + begin + q)
         whole = tl.load(STEPS + 2 * plane + begin + Q - 1)
         weighed = tl.trans(v).to(WIDE) * weight[None, :]
@@ -232,7 +240,7 @@ def outputs_kernel(
     xb, xt, xh, bb, bt, bg, cb, ct, cg,
     HAS_D: tl.constexpr, HAS_RESET: tl.constexpr, HAS_START: tl.constexpr, KEPT: tl.constexpr,
     HAS_CBIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, W: tl.constexpr,
-    Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    WHOLE: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of one head and a block of its channels: all tokens, with the state on chip, or (KEPT) `span` chunks
@@ -254,7 +262,7 @@ def outputs_kernel(
     C += b * cb + head // heads * cg
     STEPS += bh * (chunks * Q)
     DOCUMENT += b * (chunks * Q)
-    tile = (ps[:, None] < p) & (ns[None, :] < n)
+    tile = box(ps < p, ns < n, WHOLE)
     place = ps[:, None] * n + ns[None, :]
     S = tl.zeros((BP, BN), WIDE)
     if KEPT:
@@ -270,11 +278,11 @@ def outputs_kernel(
         begin = tl.cast(k, tl.int64) * Q
         rows = begin + q
         inside = rows < t
-        wanted = inside[:, None] & (ps[None, :] < p)
-        narrow = inside[:, None] & (ns[None, :] < n)
+        wanted = box(inside, ps < p, WHOLE)
+        narrow = box(inside, ns < n, WHOLE)
         if W > 0:
             x = convolved(
-                X, TAPS + head * p * W, CBIAS + head * p if HAS_CBIAS else CBIAS,
+                X, TAPS + head * p, CBIAS + head * p if HAS_CBIAS else CBIAS,
                 WINDOW + b * (W - 1) * (h * p) + head * p if HAS_WINDOW else WINDOW,
                 DOCUMENTS + b * t if HAS_RESET else DOCUMENTS,
                 rows, inside, ps, p, xt, h * p, HAS_CBIAS, HAS_WINDOW, HAS_RESET, W, WIDE,
@@ -313,7 +321,7 @@ def gradients_kernel(
     t, h, p, n, heads, share, plane,
     yb, yt, yh, xb, xt, xh, bb, bt, bg, cb, ct, cg,
     HAS_D: tl.constexpr, HAS_RESET: tl.constexpr,
-    Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    WHOLE: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk but those of the steps for `share` heads of one group, one after the other:
@@ -336,9 +344,9 @@ def gradients_kernel(
     begin = tl.cast(k, tl.int64) * Q
     rows = begin + q
     inside = rows < t
-    wanted = inside[:, None] & (ps[None, :] < p)
-    narrow = inside[:, None] & (ns[None, :] < n)
-    tile = (ps[:, None] < p) & (ns[None, :] < n)
+    wanted = box(inside, ps < p, WHOLE)
+    narrow = box(inside, ns < n, WHOLE)
+    tile = box(ps < p, ns < n, WHOLE)
     place = ps[:, None] * n + ns[None, :]
     later = q[:, None] < q[None, :]
     u = tl.load(B + b * bb + g * bg + begin * bt + (q[:, None] * bt + ns[None, :]), mask=narrow, other=0.0)

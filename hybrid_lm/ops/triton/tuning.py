@@ -39,8 +39,8 @@ class Choice(NamedTuple):
 
 
 # The first is taken where nothing can be measured. By what a kernel has on chip: "_wide" for more than 64
-# channels of a head, "_deep" for more than 128 states, "_small" for at most 64; "_exact" for factors of four
-# bytes, "_double" for float64. Left out is what the compiler has no room for: fewer than 64 rows cannot go to
+# channels of a head, "_deep" for more than 128 states; "_exact" for factors of four bytes, "_double" for
+# float64. Left out is what the compiler has no room for: fewer than 64 rows cannot go to
 # the tensor cores of Hopper, and more on chip than these spills in the loop.
 CANDIDATES: dict[str, tuple[Choice, ...]] = {
     "ssd_outputs": (
@@ -74,11 +74,11 @@ CANDIDATES: dict[str, tuple[Choice, ...]] = {
         Choice(64, 64, num_warps=4, num_stages=2),
         Choice(32, 64, num_warps=4, num_stages=2),
     ),
-    "ssd_gradients": (Choice(num_warps=8, num_stages=1),),
-    "ssd_gradients_small": (
+    "ssd_gradients": (
         Choice(num_warps=8, num_stages=1),
         Choice(num_warps=8, num_stages=2),
     ),
+    "ssd_gradients_exact": (Choice(num_warps=8, num_stages=1),),
 }
 
 
