@@ -9,8 +9,6 @@
 // the last document's first row.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/conv.h"
 #include "cuda/device.cuh"
 
@@ -49,58 +47,15 @@ struct ConvPlace {
   }
 };
 
-// VEC neighbouring numbers, as they lie in memory; two of two bytes in a word, so that they take one register.
+// VEC neighbouring channels, in one access if all are there.
 template <class T, int VEC>
-struct alignas(VEC * sizeof(typename T::Bits)) ConvRow {
+struct ConvRow : Row<T, VEC> {
   using Bits = typename T::Bits;
-  static constexpr int PER = VEC > 1 && sizeof(Bits) == 2 ? 2 : 1;
-  std::conditional_t<PER == 2, uint32_t, Bits> words[VEC / PER];
-
-  HYBRID_LM_DEVICE Bits bits(int v) const {
-    if constexpr (PER == 2)
-      return Bits(words[v / 2] >> v % 2 * 16);
-    else
-      return words[v];
-  }
-
   HYBRID_LM_DEVICE void load(const Bits* from, int count) {
-    if (count == VEC) {
-      *this = *reinterpret_cast<const ConvRow*>(from);
-      return;
-    }
-    HYBRID_LM_UNROLL
-    for (int w = 0; w < VEC / PER; ++w) {
-      if constexpr (PER == 2)
-        words[w] = (2 * w < count ? uint32_t(from[2 * w]) : 0u) |
-                   (2 * w + 1 < count ? uint32_t(from[2 * w + 1]) << 16 : 0u);
-      else
-        words[w] = w < count ? from[w] : Bits(0);
-    }
+    count == VEC ? Row<T, VEC>::load(from) : Row<T, VEC>::load(from, count);
   }
-
   HYBRID_LM_DEVICE void store(Bits* to, int count) const {
-    if (count == VEC) {
-      *reinterpret_cast<ConvRow*>(to) = *this;
-      return;
-    }
-    HYBRID_LM_UNROLL
-    for (int v = 0; v < VEC; ++v)
-      if (v < count) to[v] = bits(v);
-  }
-
-  HYBRID_LM_DEVICE void wide(float (&to)[VEC]) const {
-    HYBRID_LM_UNROLL
-    for (int v = 0; v < VEC; ++v) to[v] = T::wide(bits(v));
-  }
-
-  HYBRID_LM_DEVICE void narrow(const float (&from)[VEC]) {
-    HYBRID_LM_UNROLL
-    for (int w = 0; w < VEC / PER; ++w) {
-      if constexpr (PER == 2)
-        words[w] = uint32_t(T::narrow(from[2 * w])) | uint32_t(T::narrow(from[2 * w + 1])) << 16;
-      else
-        words[w] = T::narrow(from[w]);
-    }
+    count == VEC ? Row<T, VEC>::store(to) : Row<T, VEC>::store(to, count);
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "hybrid_lm/math.h"
 #include "hybrid_lm/view.h"
@@ -90,9 +91,14 @@ struct BFloat {
     if (v != v) return Bits(bits >> 16 | 0x40);
     return Bits((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
   }
+  static uint32_t narrow2(float low, float high) { return uint32_t(narrow(low)) | uint32_t(narrow(high)) << 16; }
 #else
   static HYBRID_LM_DEVICE float wide(Bits v) { return __uint_as_float(unsigned(v) << 16); }
   static HYBRID_LM_DEVICE Bits narrow(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+  static HYBRID_LM_DEVICE uint32_t narrow2(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
 #endif
 };
 
@@ -111,10 +117,102 @@ struct Half {
     std::memcpy(&bits, &h, 2);
     return bits;
   }
+  static uint32_t narrow2(float low, float high) { return uint32_t(narrow(low)) | uint32_t(narrow(high)) << 16; }
 #else
   static HYBRID_LM_DEVICE float wide(Bits v) { return __half2float(__ushort_as_half(v)); }
   static HYBRID_LM_DEVICE Bits narrow(float v) { return __half_as_ushort(__float2half_rn(v)); }
+  static HYBRID_LM_DEVICE uint32_t narrow2(float low, float high) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
 #endif
+};
+
+// So many bytes in one access. A plain store of a struct may become several.
+#if defined(HYBRID_LM_EMULATE)
+template <size_t BYTES>
+struct alignas(BYTES) Access {
+  char at[BYTES];
+};
+template <class A>
+inline void store_whole(A* to, A all) {
+  *to = all;
+}
+#else
+template <size_t BYTES>
+using Access = std::conditional_t<
+    BYTES == 16, uint4,
+    std::conditional_t<BYTES == 8, uint2, std::conditional_t<BYTES == 4, uint32_t, uint16_t>>>;
+HYBRID_LM_DEVICE void store_whole(uint16_t* to, uint16_t v) { *to = v; }
+HYBRID_LM_DEVICE void store_whole(uint32_t* to, uint32_t v) { *to = v; }
+HYBRID_LM_DEVICE void store_whole(uint2* to, uint2 v) {
+  asm("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+HYBRID_LM_DEVICE void store_whole(uint4* to, uint4 v) {
+  asm("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+#endif
+
+// VEC neighbouring numbers as they lie in memory; two of two bytes in a word, so that they take one register.
+template <class T, int VEC>
+struct alignas(VEC * sizeof(typename T::Bits)) Row {
+  using Bits = typename T::Bits;
+  static constexpr int PER = VEC > 1 && sizeof(Bits) == 2 ? 2 : 1;
+  std::conditional_t<PER == 2, uint32_t, Bits> words[VEC / PER];
+
+  HYBRID_LM_DEVICE Bits bits(int v) const {
+    if constexpr (PER == 2)
+      return Bits(words[v / 2] >> v % 2 * 16);
+    else
+      return words[v];
+  }
+
+  // One access: all are there, and lie where one may begin.
+  HYBRID_LM_DEVICE void load(const Bits* from) {
+    const auto all = *reinterpret_cast<const Access<sizeof(Row)>*>(from);
+    memcpy(this, &all, sizeof(Row));
+  }
+  HYBRID_LM_DEVICE void store(Bits* to) const {
+    Access<sizeof(Row)> all;
+    memcpy(&all, this, sizeof(Row));
+    store_whole(reinterpret_cast<Access<sizeof(Row)>*>(to), all);
+  }
+
+  // The first `count`, one by one; the others are 0.
+  HYBRID_LM_DEVICE void load(const Bits* from, int count) {
+    HYBRID_LM_UNROLL
+    for (int w = 0; w < VEC / PER; ++w) {
+      if constexpr (PER == 2)
+        words[w] = (2 * w < count ? uint32_t(from[2 * w]) : 0u) |
+                   (2 * w + 1 < count ? uint32_t(from[2 * w + 1]) << 16 : 0u);
+      else
+        words[w] = w < count ? from[w] : Bits(0);
+    }
+  }
+  HYBRID_LM_DEVICE void store(Bits* to, int count) const {
+    HYBRID_LM_UNROLL
+    for (int v = 0; v < VEC; ++v)
+      if (v < count) to[v] = bits(v);
+  }
+
+  HYBRID_LM_DEVICE void wide(float (&to)[VEC]) const {
+    HYBRID_LM_UNROLL
+    for (int w = 0; w < VEC / PER; ++w) {
+      if constexpr (PER == 2)
+        to[2 * w] = T::wide(Bits(words[w])), to[2 * w + 1] = T::wide(Bits(words[w] >> 16));
+      else
+        to[w] = T::wide(words[w]);
+    }
+  }
+  HYBRID_LM_DEVICE void narrow(const float (&from)[VEC]) {
+    HYBRID_LM_UNROLL
+    for (int w = 0; w < VEC / PER; ++w) {
+      if constexpr (PER == 2)
+        words[w] = T::narrow2(from[2 * w], from[2 * w + 1]);
+      else
+        words[w] = T::narrow(from[w]);
+    }
+  }
 };
 
 // One element of a tensor of any type, for what is read or written once.

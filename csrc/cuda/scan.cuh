@@ -138,6 +138,11 @@ HYBRID_LM_DEVICE typename T::Bits* scan_at(const View& v, int64_t row, int64_t t
   return static_cast<typename T::Bits*>(v.data) + row * v.stride[0] + token * v.stride[1] + channel;
 }
 
+// The softplus of math.h, to the same bit; the multiplication takes the sign off, not a comparison and a choice.
+HYBRID_LM_DEVICE float scan_softplus(float v) {
+  return (v > 0.0f ? v : 0.0f) + Thread::log1p(Thread::exp2(fabsf(v) * float(-LOG2E)));
+}
+
 // The steps of tokens, after the bias and softplus.
 template <int COUNT>
 HYBRID_LM_DEVICE void scan_steps(float (&dt)[COUNT], float bias, bool with_softplus) {
@@ -145,7 +150,7 @@ HYBRID_LM_DEVICE void scan_steps(float (&dt)[COUNT], float bias, bool with_softp
   for (int i = 0; i < COUNT; ++i) dt[i] += bias;
   if (with_softplus) {
     HYBRID_LM_UNROLL
-    for (int i = 0; i < COUNT; ++i) dt[i] = softplus<Thread>(dt[i]);
+    for (int i = 0; i < COUNT; ++i) dt[i] = scan_softplus(dt[i]);
   }
 }
 
