@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from hybrid_lm.config.schema import ModelConfig
 from hybrid_lm.model.build import build_model
@@ -148,6 +150,22 @@ def test_kernels_leave_states_where_they_are(kind: str, way: str) -> None:
             model(tokens[:, None], state=state)
         places.append([leaf.tensor.data_ptr() for leaf in leaves(state) if leaf.path.startswith("layers")])
     assert places[0] == places[1] == places[2]
+
+
+@pytest.mark.skipif(INTERPRETED or library.why_not("cpu") is not None, reason="no native library")
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no compiler")
+def test_a_compiled_step_copies_no_state() -> None:
+    """torch.compile takes updates in place for new tensors, and has to find out that they need not be."""
+    (way,) = (way for way in WAYS if way != "torch")
+    model = model_of("m s", way)
+    state = model.empty_state(2)
+    shapes = [leaf.tensor.shape for leaf in leaves(state) if leaf.path.startswith("layers")]
+    step = torch.compile(lambda tokens: model(tokens, state=state).logits, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        _, code = run_and_get_code(step, torch.randint(50, (2, 1)))
+    made = re.findall(r"empty_strided\w*\((\([^)]*\))", "\n".join(code))
+    assert made
+    assert not {str(tuple(shape)) for shape in shapes} & set(made)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
