@@ -282,7 +282,7 @@ class TrainConfig(Config):
     backend: str | dict[str, str] = "auto"
     """Backend of all ops, or of each: `{ssd: torch}`."""
     compile: bool = False
-    """Run the model through torch.compile."""
+    """Run the model through torch.compile: one graph forward, one backward. (No CUDA graphs.)"""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and compute the rest again for the gradients: memory for time. Chen et
     al. 2016, arXiv:1604.06174."""
