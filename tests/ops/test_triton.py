@@ -446,24 +446,31 @@ LIMITS = HERE.with_name("triton_limits.json")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_machine_code_for_hopper_stays_within_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the sizes of Mamba-2, bfloat16. `shared` is bytes of one program, of 227 KiB on a multiprocessor."""
+    """At the sizes of Mamba-2, bfloat16; wide heads, float32 and float64 where the kernels are others.
+    `shared` is bytes of one program, of 227 KiB on a multiprocessor."""
     from tests.ops.ahead import Launches, machine_code
 
     launches = Launches()
     monkeypatch.setattr(triton_ssd, "kernels", lambda: launches)
-    b, t, h, p, g, n = 8, 4096, 64, 64, 1, 128
-    half, single = ({"device": "meta", "dtype": dtype} for dtype in (torch.bfloat16, torch.float32))
-    x, dt, A = torch.empty(b, t, h, p, **half), torch.empty(b, t, h, **half), torch.empty(h, **single)
-    B, C = (torch.empty(b, t, g, n, **half) for _ in range(2))
-    state = torch.empty(b, h, p, n, **single)
-    inputs = (x, dt, A, B, C, A, A, True, 0.0, float("inf"))
+    inputs, state = sizes_of_mamba2(64, 128, torch.bfloat16)
+    x = inputs[0]
     triton_ssd.forward(*inputs, None, None, 64)
-    triton_ssd.forward_conv(x, torch.empty(h, p, 4, **half), x[0, 0], None, *inputs[1:], None, None, 64)
+    weight = torch.empty(64, 64, 4, device="meta", dtype=x.dtype)
+    triton_ssd.forward_conv(x, weight, x[0, 0], None, *inputs[1:], None, None, 64)
     triton_ssd.backward(x, None, *inputs, None, None, 64)
     triton_ssd.step(*(v[:, :1] if isinstance(v, Tensor) and v.dim() > 1 else v for v in inputs), state, None)
+    wanted = [(name, "", arguments, settings) for name, arguments, settings in launches.found]
+    for kind, p, n, dtype in (("_wide", 128, 128, torch.bfloat16), ("_exact", 64, 64, torch.float32),
+                              ("_double", 32, 64, torch.float64)):  # fmt: skip
+        launches.found.clear()
+        others, _ = sizes_of_mamba2(p, n, dtype)
+        triton_ssd.forward(*others, None, None, 64)
+        triton_ssd.backward(others[0], None, *others, None, None, 64)
+        large = ("outputs_kernel",) if kind == "_wide" else ("outputs_kernel", "gradients_kernel")
+        wanted += [(name, kind, *rest) for name, *rest in launches.found if name in large]
     found = {}
-    for name, arguments, settings in launches.found:
-        kind = "_reverse" if settings.get("REVERSE") else "_conv" if settings.get("W") else ""
+    for name, kind, arguments, settings in wanted:
+        kind = "_reverse" if settings.get("REVERSE") else "_conv" if settings.get("W") else kind
         found[name.removesuffix("_kernel") + kind] = machine_code(name, arguments, settings)
     limits = json.loads(LIMITS.read_text())
     print(json.dumps(found, indent=1))  # what to write into the file after a change that is meant
@@ -473,3 +480,13 @@ def test_machine_code_for_hopper_stays_within_its_limits(monkeypatch: pytest.Mon
             # products on the tensor cores of this generation may only become more
             kept = number >= limits[name][what] if what == "wgmma" else number <= limits[name][what]
             assert kept, f"{name}: {what}: {number}, and {limits[name][what]} in {LIMITS.name}"
+
+
+def sizes_of_mamba2(p: int, n: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments without data for 8 sequences of 4096 tokens and 64 heads, and a state."""
+    b, t, h, g = 8, 4096, 64, 1
+    given: dict[str, Any] = {"device": "meta", "dtype": dtype}
+    kept = given | {"dtype": torch.promote_types(dtype, torch.float32)}
+    x, dt, A = torch.empty(b, t, h, p, **given), torch.empty(b, t, h, **given), torch.empty(h, **kept)
+    B, C = (torch.empty(b, t, g, n, **given) for _ in range(2))
+    return (x, dt, A, B, C, A, A, True, 0.0, float("inf")), torch.empty(b, h, p, n, **kept)

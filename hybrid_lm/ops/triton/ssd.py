@@ -454,7 +454,7 @@ def backward(
         )  # fmt: skip
 
     best(
-        "ssd_gradients" + _kind(types, s, "_exact"),
+        "ssd_gradients" + _kind(types, s, "_exact", "_deep"),
         launch,
         x,
         (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], share),

@@ -328,10 +328,11 @@ def gradients_kernel(
     what they give to B and C adds up on chip.
 
     STATES (b h k p n) before, GSTATES after each chunk. GX (b t h p); GB, GC (parts b t g n), a part for each
-    share of a group. What `finish_kernel` makes the gradients of the steps of: INNER (b h k BP), the
-    rows of <S, gS>, and ROWS (5 b h k*Q), sums over
-    0  what later s get from the products inside the chunk     1  the rest of what s gets
-    2  what dt gets beside that     3  x gy     4  what x dt gets through the state after the chunk
+    share of a group. What `finish_kernel` makes the gradients of the steps of: INNER (b h k BP), the rows of
+    <S, gS>; and ROWS, first (b h k*Q), what s_i gets from the products inside the chunk that end at i, then
+    (b h k*Q 4)
+    0  the rest of what s gets     1  what dt gets beside that
+    2  x gy                        3  what x dt gets through the state after the chunk
     """
     k, part = tl.program_id(0), tl.program_id(1)
     parts = tl.cdiv(heads, share)
@@ -349,6 +350,7 @@ def gradients_kernel(
     tile = box(ps < p, ns < n, WHOLE)
     place = ps[:, None] * n + ns[None, :]
     later = q[:, None] < q[None, :]
+    pairs = tl.arange(0, 2)[None, :, None] + 2 * tl.arange(0, 2)[None, None, :]
     u = tl.load(B + b * bb + g * bg + begin * bt + (q[:, None] * bt + ns[None, :]), mask=narrow, other=0.0)
     c = tl.load(C + b * cb + g * cg + begin * ct + (q[:, None] * ct + ns[None, :]), mask=narrow, other=0.0)
     u, c = u.to(OPERAND), c.to(OPERAND)
@@ -364,13 +366,9 @@ def gradients_kernel(
         head = g * heads + r
         bh = b * h + head
         steps = STEPS + bh * (chunks * Q) + begin
-        sums = ROWS + bh * (chunks * Q) + begin + q
         at = (bh * chunks + k) * p * n + place
         S = tl.load(STATES + at, mask=tile, other=0.0).to(OPERAND)
         gS = tl.load(GSTATES + at, mask=tile, other=0.0).to(OPERAND)
-        # first, while they are in registers
-        both = tl.sum(S.to(WIDE) * gS.to(WIDE), 1) * tl.load(steps + 2 * plane + Q - 1)
-        tl.store(INNER + (bh * chunks + k) * BP + ps, both)
         x_tile = b * xb + begin * xt + head * xh + (q[:, None] * xt + ps[None, :])
         y_tile = b * yb + begin * yt + head * yh + (q[:, None] * yt + ps[None, :])
         x = tl.load(X + x_tile, mask=wanted, other=0.0).to(OPERAND)
@@ -379,18 +377,23 @@ def gradients_kernel(
         from_start = tl.load(steps + 2 * plane + q)
         to_end = tl.load(steps + 6 * plane + q)
         L = decays(steps, plane, DOCUMENT + b * (chunks * Q) + begin, Q, HAS_RESET, OPERAND != tl.bfloat16)  # noqa: SIM300
+        whole = tl.load(steps + 2 * plane + Q - 1)
+        # first, while they are in registers; stored last, for no load may pass a store
+        both = tl.sum(S.to(WIDE) * gS.to(WIDE), 1) * whole
         # 1. C.B^T, and what the decays inside the chunk get: s_i enters y_i with +, y of later tokens with -;
         # the two parts of the diagonal cancel, and are left out rather than to rounding. All of it (j i)
         gM = tl.dot(x, tl.trans(gy), input_precision=PRECISION, out_dtype=WIDE) * L
         gCB += gM * d[:, None]
         gM = tl.where(later, gM * CB, 0.0)
         said = tl.sum(gM, 1)
-        tl.store(sums, tl.sum(gM * d[:, None], 0))
+        ends_here = tl.sum(gM * d[:, None], 0)
         # 2. x through the chunk, and through the state after it
         gX = tl.dot((CB * L).to(OPERAND), gy, input_precision=PRECISION, out_dtype=WIDE)
         through = tl.dot(u, tl.trans(gS), input_precision=PRECISION, out_dtype=WIDE)
-        from_state = tl.sum(through * x.to(WIDE), 1) * to_end
-        x_gy = tl.sum(x.to(WIDE) * gy.to(WIDE), 1)
+        # two sums at once: half the barriers
+        pair = tl.sum(tl.join(through * x.to(WIDE), x.to(WIDE) * gy.to(WIDE)), 1)
+        from_state, x_gy = tl.split(pair)
+        from_state *= to_end
         # not (gX + through to_end) d, for the reason above
         gX = gX * d[:, None] + through * (to_end * d)[:, None]
         if HAS_D:
@@ -400,10 +403,14 @@ def gradients_kernel(
         # 3. s_i enters S' of this chunk with -, and of the one before with +
         asked = tl.dot(c, tl.trans(S), input_precision=PRECISION, out_dtype=WIDE)
         asked = tl.sum(asked * gy.to(WIDE), 1) * from_start
-        tl.store(sums + plane, asked - (said + from_state) * d)
-        tl.store(sums + 2 * plane, said + diagonal * x_gy + from_state)
-        tl.store(sums + 3 * plane, x_gy)
-        tl.store(sums + 4 * plane, from_state * d)
+        row = (bh * (chunks * Q) + begin) + q
+        four = tl.join(
+            tl.join(asked - (said + from_state) * d, said + diagonal * x_gy + from_state),
+            tl.join(x_gy, from_state * d),
+        )
+        tl.store(ROWS + plane + (row[:, None, None] * 4 + pairs), four)
+        tl.store(ROWS + row, ends_here)
+        tl.store(INNER + (bh * chunks + k) * BP + ps, both)
         # 4. the state's part in B and C
         gC += tl.dot(gy, S, input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
         gB += tl.dot(x, gS, input_precision=PRECISION, out_dtype=WIDE) * (to_end * d)[:, None]
@@ -434,23 +441,24 @@ def finish_kernel(
     plane = tl.cast(plane, tl.int64)
     at = (b * h + heads[None, :]) * (chunks * Q) + rows[:, None]
     mask = known[None, :]
-    gs = tl.load(ROWS + at, mask=mask, other=0.0) + tl.load(ROWS + plane + at, mask=mask, other=0.0)
+    four = ROWS + plane + at * 4
+    gs = tl.load(ROWS + at, mask=mask, other=0.0) + tl.load(four, mask=mask, other=0.0)
     # the whole chunk's decay is the last token's
-    at_end = tl.sum(tl.load(ROWS + 4 * plane + at, mask=mask, other=0.0), 0)
+    at_end = tl.sum(tl.load(four + 3, mask=mask, other=0.0), 0)
     inner = (b * h + heads[None, :]) * (chunks * BP) + k * BP + tl.arange(0, BP)[:, None]
     at_end += tl.sum(tl.load(INNER + inner, mask=mask, other=0.0), 0)
     gs += tl.where(q[:, None] == Q - 1, at_end[None, :], 0.0)
     _, starts = documents(RESET, b * t, rows, inside, HAS_RESET, Q)
     gdecay = tl.where(starts[:, None] != 0, 0.0, tl.cumsum(gs, 0, reverse=True))
     a = tl.load(A + heads, mask=known, other=0.0).to(WIDE)
-    gdt = gdecay * a[None, :] + tl.load(ROWS + 2 * plane + at, mask=mask, other=0.0)
+    gdt = gdecay * a[None, :] + tl.load(four + 1, mask=mask, other=0.0)
     gdt *= tl.load(STEPS + 5 * plane + at, mask=mask, other=0.0)
     place = GDT + (b * t + rows[:, None]) * h + heads[None, :]
     tl.store(place, gdt.to(GDT.dtype.element_ty), mask=inside[:, None] & mask)
     size = tl.num_programs(2).to(tl.int64) * chunks * h
     place = SUMS + (b * chunks + k) * h + heads
     tl.store(place, tl.sum(gdecay * tl.load(STEPS + at, mask=mask, other=0.0), 0), mask=known)
-    tl.store(place + size, tl.sum(tl.load(ROWS + 3 * plane + at, mask=mask, other=0.0), 0), mask=known)
+    tl.store(place + size, tl.sum(tl.load(four + 2, mask=mask, other=0.0), 0), mask=known)
     tl.store(place + 2 * size, tl.sum(gdt, 0), mask=known)
 
 

@@ -40,8 +40,8 @@ class Choice(NamedTuple):
 
 # The first is taken where nothing can be measured. By what a kernel has on chip: "_wide" for more than 64
 # channels of a head, "_deep" for more than 128 states; "_exact" for factors of four bytes, "_double" for
-# float64. Left out is what the compiler has no room for: fewer than 64 rows cannot go to
-# the tensor cores of Hopper, and more on chip than these spills in the loop.
+# float64. Left out is what the compiler has no good code for: fewer than 64 rows cannot go to the tensor
+# cores of Hopper, and tiles larger than these spill.
 CANDIDATES: dict[str, tuple[Choice, ...]] = {
     "ssd_outputs": (
         Choice(64, num_warps=4, num_stages=2),
@@ -66,18 +66,20 @@ CANDIDATES: dict[str, tuple[Choice, ...]] = {
         Choice(64, num_warps=4, num_stages=1),
     ),
     "ssd_states": (
-        Choice(64, 128, num_warps=4, num_stages=2),
         Choice(64, 128, num_warps=4, num_stages=3),
+        Choice(64, 128, num_warps=4, num_stages=2),
         Choice(64, 64, num_warps=4, num_stages=3),
     ),
     "ssd_states_exact": (
         Choice(64, 64, num_warps=4, num_stages=2),
         Choice(32, 64, num_warps=4, num_stages=2),
     ),
+    # one program has a multiprocessor for itself, and room for what is read ahead
     "ssd_gradients": (
-        Choice(num_warps=8, num_stages=1),
+        Choice(num_warps=8, num_stages=3),
         Choice(num_warps=8, num_stages=2),
     ),
+    "ssd_gradients_deep": (Choice(num_warps=8, num_stages=1),),
     "ssd_gradients_exact": (Choice(num_warps=8, num_stages=1),),
 }
 
