@@ -145,8 +145,8 @@ def fit(
     """From the counters' step to the end of the run."""
     model, source, c = setup.model, setup.source, setup.config.train
     model.gradient_checkpointing = c.gradient_checkpointing
-    # Without CUDA graphs: the gradients of `accumulate` batches would be added up in memory that a graph's next
-    # replay writes over. `bench gpu` measures what graphs would bring.
+    # Without CUDA graphs: the gradients of `accumulate` batches would be added up in memory that the next
+    # replay of a graph writes over. `bench gpu` measures what graphs would bring.
     token_loss = torch.compile(model.token_loss) if c.compile else model.token_loss
     stopped = "accuracy" if reached(counters.accuracy, c.stop_at_accuracy) else ""
     metrics = last_metrics(setup.path) if stopped or counters.step == c.steps else {}
