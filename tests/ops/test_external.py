@@ -274,6 +274,8 @@ def test_one_token_is_one_kernel(
     full = "bare" not in given.case.id
     case = (scan if given.case.op is ops.selective_scan else ssd)(1, full=full, reset=full)
     made = case.make(generator)
+    # beyond the limits of a step, too
+    made["dt"] = 4 * made["dt"]
     inputs = {
         k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() and k != "initial" else v
         for k, v in made.items()
@@ -317,7 +319,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "last axis first": lambda v: v.movedim(-1, 0).contiguous().movedim(0, -1),
     "batch after tokens": lambda v: v.movedim(0, 1).contiguous().movedim(1, 0) if v.dim() > 1 else v,
     "slice of a row": lambda v: torch.cat((v, v), -1)[..., : v.shape[-1]],
-    "unaligned": lambda v: torch.cat((v[..., :1], v), -1)[..., 1:],
+    "unaligned": lambda v: torch.cat((v[..., :1], v, v[..., 1:]), -1)[..., 1 : v.shape[-1] + 1],
 }
 
 

@@ -41,4 +41,5 @@ def _mamba_chunk_scan_combined_bwd(
         (x, dt, A, B, C, D, dt_bias, initial_states),
         (dout.float(), dfinal_states),
     )
-    return (*grads, None, dbias, dinitial)
+    # of the states of all chunks, which are kept in the type of x
+    return (*grads, None, dbias, None if dinitial is None else dinitial.to(x.dtype))
