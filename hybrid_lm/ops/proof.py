@@ -55,6 +55,8 @@ class Trial(NamedTuple):
 
 
 Run = Callable[..., Any]
+# How many trials are going on. Not a thread's own, for gradients come from another one.
+_TRYING = [0]
 _VERDICTS: dict[tuple[str, str, str], str | None] = {}
 
 
@@ -74,6 +76,11 @@ def why_not(op: str, backend: str, device: str, run: Run, plain: Run) -> str | N
         else:
             _VERDICTS[key] = _verdict(op, backend, device, run, plain, trials)
     return _VERDICTS[key]
+
+
+def trying() -> bool:
+    """Whether a trial is going on: then nothing is worth measuring."""
+    return _TRYING[0] > 0
 
 
 def _trials(op: str) -> tuple[Callable[[], Trial], ...]:
@@ -108,8 +115,12 @@ def _verdict(
         return reason and f"it does not agree with PyTorch on this device, {gpu}: {reason}", True
 
     # A thread of its own has no autocast, no inference mode, no default device, no tensors without data.
-    with ThreadPoolExecutor(1) as thread:
-        reason, known = thread.submit(attempt).result()
+    _TRYING[0] += 1
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            reason, known = thread.submit(attempt).result()
+    finally:
+        _TRYING[0] -= 1
     if known:
         # A cache that cannot be written is no reason to stop: this process knows.
         with suppress(OSError):

@@ -338,6 +338,10 @@ def test_the_fastest_way_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert call() == candidates[0]
     assert len(launched) == 1
     capturing = False
+    monkeypatch.setattr(proof, "_TRYING", [1])
+    assert call() == candidates[0]
+    assert len(launched) == 1
+    monkeypatch.setattr(proof, "_TRYING", [0])
     assert call().num_stages == 3
     assert len(launched) == len(candidates) + 1
     fresh_process()

@@ -2,8 +2,8 @@
 
 One file of the cache (`ops/native/library.py` says where that is) holds the choices of one GPU model, of
 one version of triton and of these sources. The first call with a new shape takes seconds longer: every
-candidate is compiled. While a CUDA graph is captured nothing can be measured: the first candidate is taken,
-and not kept.
+candidate is compiled. While a CUDA graph is captured nothing can be measured, and while the kernels are tried
+(`ops/proof.py`) nothing is worth it: the first candidate is taken, and not kept.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hybrid_lm.files import replace_text
 from hybrid_lm.ops.native.library import cache_folder
+from hybrid_lm.ops.proof import trying
 
 
 class Choice(NamedTuple):
@@ -118,7 +119,7 @@ def _chosen(
     device = tensor.device.index or 0
     table = _table(device)
     if key not in table:
-        if torch.cuda.is_current_stream_capturing():
+        if trying() or torch.cuda.is_current_stream_capturing():
             return 0
         table[key] = _measure(candidates, launch)
         _keep(device)
