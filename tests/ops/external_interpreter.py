@@ -9,6 +9,7 @@ packages are imported.
 import builtins
 import contextlib
 import types
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from triton.runtime import autotuner, interpreter
 
 from tests.ops.interpreter import _to_bfloat, _to_float
 
-Builder = interpreter.InterpreterBuilder
+module: Any = interpreter
+Builder, Reduce = module.InterpreterBuilder, module.ReduceOps
 _tuner, _binary, _dot = autotuner.Autotuner.__init__, Builder.binary_op, Builder.create_dot
-_sum = interpreter.ReduceOps.sum
+_sum = Reduce.sum
 
 
 class Number(int):
@@ -67,9 +69,11 @@ def _no_device(index):
 
 autotuner.Autotuner.__init__ = _first_configuration
 Builder.binary_op, Builder.create_dot = _binary_op, _create_dot
-Builder.get_bf16 = lambda self, value: interpreter.TensorHandle(_to_bfloat(np.float32([value])), tl.bfloat16)
-interpreter.ReduceOps.sum = _sum_wide
+Builder.get_bf16 = lambda self, value: interpreter.TensorHandle(
+    _to_bfloat(np.array([value], np.float32)), tl.bfloat16
+)
+Reduce.sum = _sum_wide
 # it hands its own names to every kernel
-interpreter.range = lambda *numbers: map(Number, builtins.range(*numbers))
+module.range = lambda *numbers: map(Number, builtins.range(*numbers))
 torch.cuda.device = _no_device
 torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(multi_processor_count=2)

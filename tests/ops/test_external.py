@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from hybrid_lm import ops
 from hybrid_lm.ops import backend as table
@@ -81,13 +82,19 @@ def plain(t: int, **sizes: Any) -> Case:
 
 
 CONV, SCAN, SSD, NORM = "causal_conv1d", "selective_scan", "ssd", "gated_rms_norm"
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"without": ("initial",)},
+    {"reset": False},
+    {"full": False, "reset": False},
+]
 GIVEN = [
     *(
         reached("causal_conv1d", conv(t, w, d=8, **how), dtype, CONV)
         for t in (1, 2, 3, 9)
         for w in (2, 4)
         for dtype in (SINGLE, HALF)
-        for how in ({}, {"without": ("initial",)}, {"reset": False}, {"full": False, "reset": False})
+        for how in WAYS
     ),
     *(reached("causal_conv1d", conv(9, 3, d=8, reset=r), SINGLE, CONV) for r in ("first", "all")),
     reached("causal_conv1d", conv(9, 4, d=8, without=("bias",)), torch.float16, CONV),
@@ -370,7 +377,7 @@ def test_the_state_does_not_hold_the_inputs(
 def test_types_may_be_mixed(calls: list[str], generator: torch.Generator) -> None:
     # the step in float32 beside bfloat16 must not be rounded on its way
     made = plain(9).make(generator)
-    inputs = {
+    inputs: Inputs = {
         k: v.to(HALF if k in ("x", "z") else SINGLE) if isinstance(v, Tensor) else v for k, v in made.items()
     }
     y, state = ops.selective_scan(**inputs, backend="mamba_ssm")
@@ -391,7 +398,7 @@ def test_operators_as_pytorch_sees_them(
     modules = (conv_package, mamba_ssm_scan, mamba_ssm_ssd, mamba_ssm_norm, fla)
     for module in modules:
         for name, value in list(vars(module).items()):
-            if isinstance(value, torch._library.custom_ops.CustomOpDef):
+            if isinstance(value, CustomOpDef):
                 bare.setattr(module, name, Recorder(value, found))
     run(given.case.op, placed(given.case.make(generator), given.dtype), backend=given.backend)
     assert len(found) == (1 if given.first == SCAN else 2)
