@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lm.files import replace_text
+from hybrid_lm.ops.backend import CHECKS
 
 # Device types on which kernels are tried. Those of the CPU have run wherever the tests have.
 DEVICES = {"cuda"}
@@ -231,3 +232,4 @@ def _python(package: str) -> str:
 
 # Backends that are tried, and what an answer depends on beside the device: their versions and sources.
 IDENTITIES: dict[str, Callable[[], str]] = {"native": _native, "triton": _triton}
+CHECKS.append(why_not)
