@@ -106,8 +106,8 @@ def mamba2_mixer(name: str, b: int, t: int, h: int, p: int, n: int, **rest: Any)
 
 TRIALS: dict[str, tuple[Callable[[], Trial], ...]] = {
     "ssd": (
-        # as many heads as fill a GPU, which then walk all chunks
-        partial(ssd, "many heads", 1, 150, 132, 64, 128, 2),
+        # as many heads as fill a GPU, which then walk all chunks; chunks and tiles that are full
+        partial(ssd, "many heads", 1, 192, 132, 64, 128, 2),
         partial(ssd, "few heads", 2, 150, 4, 40, 20, 2),
         partial(ssd, "one token", 3, 1, 4, 64, 128, 2, donate=True),
     ),
