@@ -659,7 +659,7 @@ def test_the_packages_in_the_interpreter() -> None:
         pytest.skip("there is a GPU, on which they ran above")
     # triton looks at this variable when it is imported: a process that compiles kernels cannot do both
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["-k", "package_itself", str(HERE)]
     done = subprocess.run(command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
