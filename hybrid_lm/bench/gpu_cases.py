@@ -2,7 +2,7 @@
 
 The floors are arithmetic with three constants of one H200: copying and bf16 matrix products as they were
 measured on one, and the rate of exponentials by its number of units (16 in each of 132 multiprocessors, at
-1.98 GHz). A run's file has the first two as that run found them.
+1.98 GHz). A run's file has all three as that run found them.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ class GpuCase:
 
 
 def able(op: str, device: str) -> list[str]:
-    """Our backends of an op that run on a device, the one that `auto` takes first; neither the reference nor
-    the packages of others, which are peers here."""
-    rows = [row for row in report(device) if row.op == op and row.why_not is None]
-    kept = [row for row in rows if row.backend not in ("reference", *EXTERNAL)]
-    return [row.backend for row in sorted(kept, key=lambda row: not row.chosen)]
+    """Our backends of an op that run on a device, best first; neither the reference nor the packages of
+    others, which are peers here."""
+    rows = report(device, {}, op=op, without=("reference", *EXTERNAL))
+    return [row.backend for row in rows if row.why_not is None]
 
 
 def reasons(op: str, device: str) -> dict[str, str]:
     """Why the others of our backends do not run there."""
-    return {row.backend: row.why_not for row in report(device) if row.op == op and row.why_not is not None}
+    rows = report(device, {}, op=op, without=EXTERNAL)
+    return {row.backend: row.why_not for row in rows if row.why_not is not None}
 
 
 def _bf16(*shape: int, device: torch.device) -> Tensor:

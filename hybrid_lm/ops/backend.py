@@ -10,7 +10,7 @@ would work.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -164,12 +164,23 @@ def _whole(op: str, wanted: Mapping[str, str], device: str) -> str:
     return name if name in _OPS[op] and _OPS[op][name].why_not(device) is None else "torch"
 
 
-def report(device: str = "cpu", chosen: Mapping[str, str] | None = None) -> list[Row]:
-    """Every (op, backend), whether it is chosen (`chosen`: select's answer), and why it cannot run."""
-    chosen = select("auto", device) if chosen is None else chosen
+def report(
+    device: str = "cpu",
+    chosen: Mapping[str, str] | None = None,
+    *,
+    op: str | None = None,
+    without: Collection[str] = (),
+) -> list[Row]:
+    """Every (op, backend), whether it is chosen (`chosen`: select's answer), and why it cannot run.
+
+    op       this op alone
+    without  backends that are not asked: to know whether it can run, a package may have to be imported
+    """
+    names = sorted(_OPS) if op is None else [op]
+    chosen = {name: default_backend(name, device) for name in names} if chosen is None else chosen
     return [
-        Row(op, backend, backend == chosen[op], table[backend].why_not(device))
-        for op, table in sorted(_OPS.items())
+        Row(name, backend, backend == chosen.get(name), _OPS[name][backend].why_not(device))
+        for name in names
         for backend in BACKENDS
-        if backend in table
+        if backend in _OPS[name] and backend not in without
     ]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from hybrid_lm import ops
+from hybrid_lm.bench import gpu_cases
 from hybrid_lm.ops import backend as table
 from hybrid_lm.ops.external import causal_conv1d as conv_package
 from hybrid_lm.ops.external import fla, mamba_ssm_norm, mamba_ssm_scan, mamba_ssm_ssd, packages
@@ -512,6 +513,16 @@ def test_auto_takes_ours_then_theirs_then_pytorch(calls: list[str], bare: pytest
     assert ops.select("auto", "cuda")["selective_scan"] == "native"
     bare.delitem(table._OPS["ssd"], "mamba_ssm")
     assert ops.select("auto", "cuda")["ssd"] == "fla"
+
+
+def test_bench_does_not_ask_them(calls: list[str], bare: pytest.MonkeyPatch) -> None:
+    bare.setattr(packages, "no_gpu", lambda: pytest.fail("a package was asked"))
+    bare.setattr(packages, "find_spec", lambda name: pytest.fail("a package was asked"))
+    for op, _ in OPS:
+        names = {*gpu_cases.able(op, "cuda"), *gpu_cases.able(op, "cpu")}
+        assert "torch" in names
+        assert not names & {*table.EXTERNAL, "reference"}
+        assert not gpu_cases.reasons(op, "cpu").keys() & {*table.EXTERNAL}
 
 
 @pytest.mark.parametrize(("op", "backend"), sorted(OPS))
