@@ -18,6 +18,7 @@ from hybrid_lm.ops.proof import Trial
 
 # Carried states and the numbers that make decays: float32 in every model.
 KEPT = frozenset({"A", "D", "dt_bias", "initial"})
+PARAMETERS = frozenset({"A", "D", "dt_bias", "weight", "bias"})
 
 
 def generator() -> torch.Generator:
@@ -53,13 +54,14 @@ def ssd(name: str, b: int, t: int, h: int, p: int, n: int, groups: int, **rest: 
         "reset": starts(g, b, t),
         "dt_softplus": True,
     }
-    return Trial(name, inputs | steps(g, b, t, h) | rest, KEPT, gradients="donate" not in rest)
+    return Trial(name, inputs | steps(g, b, t, h) | rest, KEPT, PARAMETERS, "donate" not in rest)
 
 
 def selective_scan(name: str, b: int, t: int, d: int, n: int, **rest: Any) -> Trial:
     g = generator()
-    inputs: dict[str, Any] = steps(g, b, t, d) | {
+    inputs: dict[str, Any] = {
         "x": normal(g, b, t, d),
+        **steps(g, b, t, d),
         "A": -(1 + 7 * torch.rand(d, n, generator=g, dtype=torch.float64, device="cpu")),
         "B": normal(g, b, t, n),
         "C": normal(g, b, t, n),
@@ -69,7 +71,7 @@ def selective_scan(name: str, b: int, t: int, d: int, n: int, **rest: Any) -> Tr
         "reset": starts(g, b, t),
         "dt_softplus": True,
     }
-    return Trial(name, inputs | rest, KEPT, gradients="donate" not in rest)
+    return Trial(name, inputs | rest, KEPT, PARAMETERS, "donate" not in rest)
 
 
 def causal_conv1d(name: str, b: int, t: int, d: int, w: int, **rest: Any) -> Trial:
@@ -82,7 +84,7 @@ def causal_conv1d(name: str, b: int, t: int, d: int, w: int, **rest: Any) -> Tri
         "reset": starts(g, b, t),
         "activation": "silu",
     }
-    return Trial(name, inputs | rest, gradients="donate" not in rest)
+    return Trial(name, inputs | rest, frozenset(), PARAMETERS, "donate" not in rest)
 
 
 def mamba2_mixer(name: str, b: int, t: int, h: int, p: int, n: int, **rest: Any) -> Trial:
