@@ -140,7 +140,7 @@ GIVEN = [
     *(reached("fla", delta_rule(9, without=(w,)), HALF, "delta_rule") for w in ("initial", "scale")),
     *(reached("fla", delta_rule(9), dtype, None) for dtype in (SINGLE, torch.float16, DOUBLE)),
     reached("fla", delta_rule(1), HALF, None),
-    reached("fla", delta_rule(3, b=1, h=2, k=257), HALF, None),
+    reached("fla", delta_rule(3, b=1, h=2, k=129), HALF, None),
     *(reached("fla", ssd(9, groups=g), HALF, "simple_gla") for g in (1, 2)),
     *(reached("fla", ssd(9, reset=r), HALF, "simple_gla") for r in (False, "first", "all")),
     *(reached("fla", ssd(9, without=(w,)), HALF, "simple_gla") for w in ("D", "dt_bias", "initial")),
@@ -390,6 +390,16 @@ def test_types_may_be_mixed(calls: list[str], generator: torch.Generator) -> Non
     assert error(state, last) <= plain(9).chain * torch.finfo(SINGLE).eps
 
 
+def test_weights_may_be_of_types_of_their_own(calls: list[str], generator: torch.Generator) -> None:
+    x, weight, bias = (torch.randn(*s, generator=generator) for s in ((2, 5, 8), (8, 4), (8,)))
+    weight = weight.to(HALF)
+    y, _ = ops.causal_conv1d(x, weight, bias, backend="causal_conv1d")
+    expected, _ = ops.causal_conv1d(x, weight, bias, backend="reference")
+    assert calls == [CONV]
+    # sums of 4 products and a bias
+    assert error(y, expected) <= 8 * torch.finfo(SINGLE).eps
+
+
 @over(FEW)
 def test_operators_as_pytorch_sees_them(
     given: Given, calls: list[str], bare: pytest.MonkeyPatch, generator: torch.Generator
@@ -538,6 +548,7 @@ def test_where_they_do_not_run_they_say_why(op: str, backend: str, bare: pytest.
     bare.setattr(packages, "no_gpu", lambda: None)
     assert said(op, backend, "cuda") is None
     bare.setattr(packages, "find_spec", lambda name: None)
+    take_out()
     assert said(op, backend, "cuda") == f'{backend} is not installed: pip install "hybrid_lm[cuda]"'
 
 

@@ -27,7 +27,7 @@ TAPS = (2, 3, 4)
 VECTOR = 8
 # Bytes of a vector of 8 numbers of 16 bits.
 ALIGNMENT = 16
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def causal_conv1d_package(
@@ -41,11 +41,14 @@ def causal_conv1d_package(
     donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     d, w = weight.shape
-    if w not in TAPS or d % VECTOR or x.dtype not in TYPES or weight.dtype not in TYPES:
+    types = {v.dtype for v in (x, weight, bias) if v is not None}
+    if w not in TAPS or d % VECTOR or not types <= TYPES:
         rest: dict[str, Any] = {"activation": activation, "initial": initial, "reset": reset}
         return causal_conv1d(x, weight, bias, **rest, donate=donate, backend="torch")
     silu = activation == "silu"
-    bias = None if bias is None else bias.to(weight.dtype)
+    if bias is not None and bias.dtype != weight.dtype:
+        # one type for both, which holds all of either
+        weight, bias = weight.float(), bias.float()
     if x.shape[1] == 1 and donate and may_take(initial, x.dtype, x, weight, bias):
         if reset is not None:
             initial.masked_fill_(reset[..., None], 0)

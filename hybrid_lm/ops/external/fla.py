@@ -4,9 +4,12 @@ linear attention with one decay for each head (Dao & Gu 2024, section 7), and th
 The delta rule and SSD multiply on tensor cores. Given bfloat16, the kernels round to it in the middle, which
 costs more than the ops allow; so they are given float32, which is TF32 there: that holds every bfloat16, and
 rounds the rest eight times finer. For inputs of any other type it is too coarse: these are PyTorch's, and so
-are keys of more than 256 numbers and single tokens. Documents are sequences of their own, side by side: how
+are keys of more than 128 numbers and single tokens. Documents are sequences of their own, side by side: how
 many there are is read from the device, so that with `reset` no CUDA graph can hold them. The diagonal
 recurrence is float32 for all types but float64, which is PyTorch's.
+
+Decays and their gradients are differences of sums over a chunk in float32: where a step is thousands of times
+the usual one, what the others of its chunk have to do with the decay is as much less precise.
 
 The package's functions are called as it shows them to everybody, and keep nothing for the backward pass: that
 calls them again.
@@ -45,7 +48,8 @@ KERNELS = {
     "linear_recurrence": Kernel(Needs(PACKAGE, "fla.ops.hgrn"), "fused_recurrent_hgrn", 0, None),
 }
 
-KEYS = 256
+KEYS = 128
+"""Numbers of a key: more of them in float32 are more than a chunk has room for on every GPU."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -55,8 +55,8 @@ def _without_package(name: str) -> ModuleType:
     """A module of a package whose own `__init__` fails, as that of mamba_ssm does where a compiled extension
     that only some of its modules use is missing. The package stays as it was: not imported."""
     root = name.partition(".")[0]
-    spec = find_spec(root)
-    if root in sys.modules or spec is None or not spec.submodule_search_locations:
+    spec = None if root in sys.modules else find_spec(root)
+    if spec is None or not spec.submodule_search_locations:
         return import_module(name)
     bare = ModuleType(root)
     bare.__path__ = list(spec.submodule_search_locations)
@@ -69,7 +69,7 @@ def _without_package(name: str) -> ModuleType:
 
 def _missing(needs: Needs) -> str | None:
     package = needs.package
-    if find_spec(package.name) is None:
+    if not _there(package.name):
         return f"{package.name} is not installed: {INSTALL}"
     try:
         found = version(package.distribution)
@@ -79,12 +79,17 @@ def _missing(needs: Needs) -> str | None:
     oldest = ".".join(map(str, package.oldest))
     if found is not None and _numbers(found) < package.oldest:
         return f"{package.name} {found} is too old, {oldest} or later is needed: {INSTALL}"
-    if needs.compiled is not None and find_spec(needs.compiled) is None:
+    if needs.compiled is not None and not _there(needs.compiled):
         return (
             f"{package.name} is installed without its compiled extension {needs.compiled}: install it where "
             "nvcc and a PyTorch for CUDA are"
         )
     return None
+
+
+def _there(name: str) -> bool:
+    # a module that somebody put together has no spec, and to ask for it is an error
+    return name in sys.modules or find_spec(name) is not None
 
 
 def _numbers(text: str) -> tuple[int, ...]:
