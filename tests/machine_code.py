@@ -127,11 +127,13 @@ def is_exponential(text: str) -> bool:
 def compiled(source: Path, folder: Path) -> dict[str, Kernel]:
     """The kernels of a `.cu` file for sm_90, by names like `scan_kernel<BFloat,1,16>`."""
     out = folder / f"{source.stem}.o"
-    flags = ["-arch=sm_90", "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+    # From the same PTX as in the library.
+    code = ["-gencode", "arch=compute_80,code=sm_90"]
+    flags = [*code, "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{CSRC / 'include'}", f"-I{CSRC}"]
     done = subprocess.run(["nvcc", *flags, "-c", source, "-o", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tool = disassembler()
-    code = {} if tool is None else dict(code_of(tool, out))
+    codes = {} if tool is None else dict(code_of(tool, out))
     found = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) "
         r"bytes spill loads.*?Used (\d+) registers",
@@ -140,7 +142,7 @@ def compiled(source: Path, folder: Path) -> dict[str, Kernel]:
     )
     assert found, done.stderr
     return {
-        name_of(name): Kernel(int(registers), int(stack), int(stores) + int(loads), code.get(name, []))
+        name_of(name): Kernel(int(registers), int(stack), int(stores) + int(loads), codes.get(name, []))
         for name, stack, stores, loads, registers in found
     }
 

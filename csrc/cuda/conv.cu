@@ -42,7 +42,10 @@ HYBRID_LM_DEVICE void conv_tokens(const ConvArgs& a, const ConvPlace& at, const 
     }
     ConvRow<T, VEC> bits;
     bits.narrow(y);
-    bits.store(y_at, PLAIN ? VEC : there ? at.count : 0);
+    if constexpr (PLAIN)
+      bits.Row<T, VEC>::store(y_at);
+    else
+      bits.store(y_at, there ? at.count : 0);
   }
   closed -= TAPS;
 }
@@ -75,10 +78,10 @@ const char* start(const ConvArgs& a) {
   return launch(conv_kernel<T, VEC, TAPS>, dim3{unsigned(blocks), 1, 1}, CONV_THREADS, 0, a.stream, a, grid);
 }
 
-template <class T, int VEC, int TAPS>
+template <class T, int VEC>
 const char* start_in_vectors(const ConvArgs& a) {
   const bool aligned = conv_aligned<T>(a, a.x, VEC) && conv_aligned<T>(a, a.y, VEC);
-  return aligned ? start<T, VEC, TAPS>(a) : start<T, 1, TAPS>(a);
+  return aligned ? start<T, VEC, 4>(a) : start<T, 1, 4>(a);
 }
 
 }  // namespace
@@ -89,7 +92,7 @@ const char* conv(const ConvArgs& a) {
     using T = decltype(type);
     // Accesses of 16 bytes; with 8 taps in registers there is room for half as many channels.
     constexpr int VEC = 16 / sizeof(typename T::Bits);
-    return a.taps > 4 ? start_in_vectors<T, VEC / 2, 8>(a) : start_in_vectors<T, VEC, 4>(a);
+    return a.taps > 4 ? start<T, VEC / 2, 8>(a) : start_in_vectors<T, VEC>(a);
   });
 }
 

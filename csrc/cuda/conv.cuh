@@ -2,7 +2,8 @@
 //
 // A thread owns VEC neighbouring channels, which are one access to memory, for a stretch of tokens. It walks down the
 // stretch TAPS tokens at a time with the last TAPS inputs in a ring of registers, and the next TAPS on their way. The
-// kernels exist for 4 and for 8 taps; a narrower filter leaves out the first ones.
+// kernels exist for 4 and for 8 taps; a narrower filter leaves out the first ones. Channels that do not begin where an
+// access of VEC may have a kernel of their own for 4 taps, and with 8 they go one by one.
 //
 // Rows are numbered from the first that a group's first token sees: row i + k is what tap k of token i multiplies, and
 // lies in the ring at (i + k) % TAPS. A reset at token i closes all rows below i + TAPS - 1: `closed` is the number of
@@ -47,15 +48,18 @@ struct ConvPlace {
   }
 };
 
-// VEC neighbouring channels, in one access if all are there.
+// VEC neighbouring channels, in one access if all are there and begin where one may.
 template <class T, int VEC>
 struct ConvRow : Row<T, VEC> {
   using Bits = typename T::Bits;
+  static HYBRID_LM_DEVICE bool whole(const Bits* at, int count) {
+    return count == VEC && reinterpret_cast<uintptr_t>(at) % sizeof(Row<T, VEC>) == 0;
+  }
   HYBRID_LM_DEVICE void load(const Bits* from, int count) {
-    count == VEC ? Row<T, VEC>::load(from) : Row<T, VEC>::load(from, count);
+    whole(from, count) ? Row<T, VEC>::load(from) : Row<T, VEC>::load(from, count);
   }
   HYBRID_LM_DEVICE void store(Bits* to, int count) const {
-    count == VEC ? Row<T, VEC>::store(to) : Row<T, VEC>::store(to, count);
+    whole(to, count) ? Row<T, VEC>::store(to) : Row<T, VEC>::store(to, count);
   }
 };
 
@@ -150,7 +154,7 @@ struct ConvNext {
   template <bool PLAIN = false>
   HYBRID_LM_DEVICE void fetch(int i) {
     if constexpr (PLAIN)
-      at[i].load(here, VEC);
+      at[i].Row<T, VEC>::load(here);
     else
       at[i].load(here, left > 0 ? count : 0);
     here += step, --left;

@@ -77,7 +77,7 @@ HYBRID_LM_DEVICE void conv_tokens(const ConvGradArgs& a, const ConvPlace& at, co
     if constexpr (PLAIN) {
       ConvRow<T, VEC> bits;
       bits.narrow(gring[i]);
-      bits.store(conv_at<T>(a.gx, at, row), VEC);
+      bits.Row<T, VEC>::store(conv_at<T>(a.gx, at, row));
     } else {
       conv_finish<T>(a, at, row, i >= closed, gring[i]);
     }
@@ -182,11 +182,11 @@ const char* start(const ConvGradArgs& a) {
                 sizeof(float) * CONV_THREADS, a.stream, static_cast<const ConvGradArgs&>(a), count, tiles);
 }
 
-template <class T, int VEC, int TAPS>
+template <class T, int VEC>
 const char* start_in_vectors(const ConvGradArgs& a) {
   bool aligned = true;
   for (const View* v : {&a.x, &a.gy, &a.gx, &a.gstate, &a.ginitial}) aligned = aligned && conv_aligned<T>(a, *v, VEC);
-  return aligned ? start<T, VEC, TAPS>(a) : start<T, 1, TAPS>(a);
+  return aligned ? start<T, VEC, 4>(a) : start<T, 1, 4>(a);
 }
 
 }  // namespace
@@ -197,7 +197,7 @@ const char* conv_backward(const ConvGradArgs& a) {
     using T = decltype(type);
     // Accesses of 8 bytes: more channels would be more registers than leave room for other threads.
     constexpr int VEC = 8 / sizeof(typename T::Bits);
-    return a.taps > 4 ? start_in_vectors<T, 2, 8>(a) : start_in_vectors<T, VEC, 4>(a);
+    return a.taps > 4 ? start<T, 2, 8>(a) : start_in_vectors<T, VEC>(a);
   });
 }
 

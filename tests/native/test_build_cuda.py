@@ -18,7 +18,7 @@ PRETENDED = """#!/bin/sh
 case "$*" in
     *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit ;;
     *--list-gpu-code*) printf 'sm_100\\nsm_75\\nsm_90\\nsm_90a\\n'; exit ;;
-    *--list-gpu-arch*) printf 'compute_100\\ncompute_75\\ncompute_90\\n'; exit ;;
+    *--list-gpu-arch*) printf 'compute_100\\ncompute_75\\ncompute_80\\ncompute_90\\n'; exit ;;
 esac
 echo "$@" >> "$LOG"
 while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
@@ -57,14 +57,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> Non
 
 
 def test_kernels_get_machine_code_and_bindings_get_torch(log) -> None:
-    path = build("cuda", arch="sm_90,10.0")
+    path = build("cuda", arch="sm_90,10.0,sm_75")
     *compiled, linked = sorted(log(), key=lambda line: "-shared" in line)
     (kernel,) = [line for line in compiled if "scan.cu " in line]
     (binding,) = [line for line in compiled if "bind.cpp" in line]
     for code in (
-        "arch=compute_90,code=sm_90",
-        "arch=compute_100,code=sm_100",
-        "arch=compute_75,code=compute_75",
+        "arch=compute_80,code=[sm_90,sm_100,compute_80]",
+        "arch=compute_75,code=sm_75",
     ):
         assert code in kernel
         assert code not in binding
@@ -73,10 +72,10 @@ def test_kernels_get_machine_code_and_bindings_get_torch(log) -> None:
     assert "-cudart=static" in linked
     manifest = json.loads((path.parent / "manifest.json").read_text())
     assert manifest["compiler"] == "nvcc 13.0.88"
-    assert manifest["covers"] == {"code": [[9, 0], [10, 0]], "ptx": [7, 5]}
+    assert manifest["covers"] == {"code": [[7, 5], [9, 0], [10, 0]], "ptx": [8, 0]}
     assert library.find("cuda").path == path
     asked = log()
-    assert build("cuda", arch="100,sm_90") == path
+    assert build("cuda", arch="100,75,sm_90") == path
     assert log() == asked
 
 
@@ -140,7 +139,7 @@ def test_why_a_machine_runs_none(log, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "runs"),
-    [((9, 0), True), ((8, 6), True), ((8, 0), True), ((12, 1), True), ((7, 5), True), ((7, 0), False)],
+    [((9, 0), True), ((8, 6), True), ((8, 0), True), ((12, 1), True), ((7, 5), False), ((7, 0), False)],
 )
 def test_machine_code_or_ptx_covers_a_gpu(log, monkeypatch, capability: tuple[int, int], runs: bool) -> None:
     path: Path = build("cuda", arch="sm_90")
@@ -149,7 +148,8 @@ def test_machine_code_or_ptx_covers_a_gpu(log, monkeypatch, capability: tuple[in
     assert (reason is None) == runs
     if reason is not None:
         assert reason == (
-            "built for compute capability 9.0, and 7.5 and newer; GPU 1, GPU number 1, has 7.0: "
+            "built for compute capability 9.0, and 8.0 and newer; GPU 1, GPU number 1, has "
+            f"{capability[0]}.{capability[1]}: "
             "run `hybrid-lm build-native cuda`"
         )
         assert library.why_not("cuda") == reason

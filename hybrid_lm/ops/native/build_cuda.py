@@ -1,8 +1,8 @@
 """How the kernels of csrc/cuda become a library: for GPUs by nvcc, and for tests by the host's compiler.
 
 The kernels (`.cu`) know nothing of torch, the bindings (`.cpp`) nothing of CUDA: nvcc hands those to the
-host's compiler. The library holds machine code for the named architectures, and beside it PTX for the lowest
-that the compiler knows, which the driver compiles for every other GPU when the library is first used.
+host's compiler. The library holds machine code for the named architectures, and beside it PTX, which the
+driver compiles for every other GPU from 8.0 on when the library is first used.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from hybrid_lm.ops.native.build import (
     run,
 )
 
+SHARED = 80
+"""The first architecture with all instructions that the kernels want: those that round to bfloat16."""
 HOST = ",".join(flag for flag in FLAGS if not flag.startswith("-std"))
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", HOST)
 BINDING = (f"-DTORCH_TARGET_VERSION={library.ABI_TARGET}", "-DUSE_CUDA")
@@ -42,9 +44,8 @@ def cuda_plan(sources: Path, arch: str | None, sanitize: str | None) -> Plan:
     compiler = find_nvcc()
     known = listed(compiler, "--list-gpu-code", "sm_")
     archs = wished(arch, known) if arch else found_here(known)
-    ptx = listed(compiler, "--list-gpu-arch", "compute_")[0]
-    code = [word for a in archs for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-    common = (*CUDA_FLAGS, *code, "-gencode", f"arch=compute_{ptx},code=compute_{ptx}")
+    ptx = next(a for a in listed(compiler, "--list-gpu-arch", "compute_") if int(a) >= SHARED)
+    common = (*CUDA_FLAGS, *code_flags(archs, ptx))
     units = [
         Unit(path, common if path.suffix == ".cu" else (*CUDA_FLAGS, *BINDING), f"{path.stem}.o")
         for path in sorted((sources / "cuda").glob("*.c*"))
@@ -55,6 +56,17 @@ def cuda_plan(sources: Path, arch: str | None, sanitize: str | None) -> Plan:
     link = ("-shared", "-cudart=static", "-ltorch_cpu", *(["-ltorch_cuda"] if cuda.is_file() else []))
     covers = {"code": [capability(a) for a in archs], "ptx": capability(ptx)}
     return Plan("cuda", sources, compiler, units, link, {"covers": covers})
+
+
+def code_flags(archs: list[str], ptx: str) -> list[str]:
+    """What nvcc shall make: machine code for `archs`, and PTX.
+
+    Most of its time goes into PTX: that is made once, and machine code from it. Older architectures cannot
+    have theirs from it.
+    """
+    from_ptx = ",".join([*(f"sm_{a}" for a in archs if int(a) >= int(ptx)), f"compute_{ptx}"])
+    older = [f"arch=compute_{a},code=sm_{a}" for a in archs if int(a) < int(ptx)]
+    return [word for code in (f"arch=compute_{ptx},code=[{from_ptx}]", *older) for word in ("-gencode", code)]
 
 
 def emulated_plan(sources: Path, arch: str | None, sanitize: str | None) -> Plan:
