@@ -3,6 +3,8 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
 from hybrid_lm.ops.triton import ssd_kernels
 
@@ -30,6 +33,49 @@ class Launches:
                 return lambda *arguments, **settings: self.found.append((name, arguments, settings))
 
         return Kernel()
+
+
+class Compiled:
+    """Stands for the module of the kernels, and compiles what they would be launched with."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        class Kernel:
+            def __getitem__(_, grid: tuple[int, ...]) -> Any:
+                def launch(*arguments: Any, **settings: Any) -> None:
+                    getattr(ssd_kernels, name).warmup(*arguments, grid=grid, **settings)
+                    self.names.append(name)
+
+                return launch
+
+        return Kernel()
+
+
+class Hopper:
+    """As much of a driver as triton asks before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def on_hopper() -> Iterator[Compiled]:
+    """Triton takes this machine for one with a GPU of compute capability 9.0."""
+    # not `reset_active`, which looks for a GPU
+    before = driver._active
+    driver.set_active(Hopper())  # pyright: ignore[reportArgumentType]
+    try:
+        yield Compiled()
+    finally:
+        driver._active = before
 
 
 def machine_code(name: str, arguments: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, int]:

@@ -355,6 +355,50 @@ def test_the_fastest_way_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_pa
     fresh_process()
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_what_the_device_has_no_room_for_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    monkeypatch.setattr(tuning, "on_device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(tuning, "_table", lambda device: {})
+    monkeypatch.setattr(proof, "_TRYING", [1])
+    launched: list[int] = []
+
+    def launch(choice: tuning.Choice) -> None:
+        launched.append(choice.num_stages)
+        if choice.num_stages > room:
+            raise OutOfResources(140_000, 100_000, "shared memory")
+
+    room = 2
+    tuning.best("ssd_gradients", launch, on_gpu, ())
+    assert launched == [3, 2]
+    room = 1
+    with pytest.raises(OutOfResources):
+        tuning.best("ssd_gradients", launch, on_gpu, ())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_every_launch_compiles_as_triton_binds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the launch itself: triton looks at the arguments, specialises and compiles, for a GPU that is
+    not there."""
+    from tests.ops.ahead import on_hopper
+
+    b, t, h, p, n = 1, 128, 2, 64, 64
+    x, dt, A = torch.zeros(b, t, h, p).bfloat16(), torch.zeros(b, t, h).bfloat16(), torch.zeros(h)
+    B, state, reset = torch.zeros(b, t, 1, n).bfloat16(), torch.zeros(b, h, p, n), torch.zeros(b, t).bool()
+    inputs = (x, dt, A, B, B, A, A, True, 0.0, float("inf"), state, reset)
+    with on_hopper() as compiled:
+        monkeypatch.setattr(triton_ssd, "kernels", lambda: compiled)
+        triton_ssd.forward(*inputs, 64)
+        triton_ssd.backward(x, state, *inputs, 64)
+        triton_ssd.step(*(v[:, :1] if isinstance(v, Tensor) and v.dim() > 1 else v for v in inputs[:-2]),
+                        state, reset[:, :1])  # fmt: skip
+    forward, backward = ["steps", "states", "outputs"], ["steps", "states", "states", "gradients", "finish"]
+    assert compiled.names == [f"{name}_kernel" for name in (*forward, *backward, "step")]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on the CPU")
 def test_where_it_does_not_run_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(

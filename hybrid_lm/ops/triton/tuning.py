@@ -3,7 +3,7 @@
 One file of the cache (`ops/native/library.py` says where that is) holds the choices of one GPU model, of
 one version of triton and of these sources. The first call with a new shape takes seconds longer: every
 candidate is compiled. While a CUDA graph is captured nothing can be measured, and while the kernels are tried
-(`ops/proof.py`) nothing is worth it: the first candidate is taken, and not kept.
+(`ops/proof.py`) nothing is worth it: the first candidate that fits is taken, and not kept.
 """
 
 from __future__ import annotations
@@ -98,7 +98,21 @@ def best(kernel: str, launch: Callable[[Choice], None], tensor: Tensor, shape: t
     """
     candidates = CANDIDATES[kernel]
     with on_device_of(tensor):
-        launch(candidates[_chosen(kernel, candidates, launch, tensor, shape)])
+        number = _chosen(kernel, candidates, launch, tensor, shape)
+        if number is None:
+            _first_that_fits(candidates, launch)
+        else:
+            launch(candidates[number])
+
+
+def _first_that_fits(candidates: tuple[Choice, ...], launch: Callable[[Choice], None]) -> None:
+    """Runs the first candidate that the device has room for."""
+    from triton.runtime.errors import OutOfResources
+
+    for choice in candidates[:-1]:
+        with suppress(OutOfResources):
+            return launch(choice)
+    launch(candidates[-1])
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -112,7 +126,8 @@ def _chosen(
     launch: Callable[[Choice], None],
     tensor: Tensor,
     shape: tuple[object, ...],
-) -> int:
+) -> int | None:
+    """The number of the fastest candidate; None where nothing can be measured now."""
     if tensor.device.type != "cuda":
         return 0
     key = f"{kernel} {tensor.dtype} {' '.join(map(str, shape))}"
@@ -120,7 +135,7 @@ def _chosen(
     table = _table(device)
     if key not in table:
         if trying() or torch.cuda.is_current_stream_capturing():
-            return 0
+            return None
         table[key] = _measure(candidates, launch)
         _keep(device)
     return table[key]
