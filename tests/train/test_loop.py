@@ -344,3 +344,26 @@ def test_a_compiled_model_trains_as_an_eager_one(make_config, tmp_path, quiet, m
     )
     # Two float32 programs of the same sums; the longest is over 32 features: a few hundred roundings in all.
     assert compiled == pytest.approx(eager, rel=512 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler about its own parts
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_a_compiled_run_compiles_once_and_in_one_piece(
+    checkpointing, make_config, tmp_path, quiet, monkeypatch
+):
+    compile_ = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile_)
+    options = (
+        "train.compile=true",
+        "train.steps=3",
+        "train.accumulate=2",
+        "train.eval_every_steps=1",
+        "train.precision=bf16",
+        f"train.gradient_checkpointing={checkpointing}",
+    )
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        result = train(make_config(*options, pattern="m f m"), tmp_path / "run", console=quiet)
+    torch.compiler.reset()
+    assert result.step == 3
