@@ -172,7 +172,7 @@ def over(given: list[Given]) -> Any:
     return pytest.mark.parametrize("given", given, ids=lambda g: g.id)
 
 
-KNOWN = (packages._broken, packages.no_gpu)
+KNOWN = (packages._broken, packages.no_gpu, fla._wrong_here)
 
 
 def forget() -> None:
@@ -505,6 +505,7 @@ def test_auto_takes_ours_then_theirs_then_pytorch(calls: list[str], bare: pytest
     names = [name for name in table.BACKENDS if name != "triton"]
     assert names == ["native", "mamba_ssm", "causal_conv1d", "fla", "torch", "reference"]
     bare.setattr(packages, "no_gpu", lambda: None)
+    bare.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     bare.setattr(library, "cuda_library", lambda: library.Library(None, "not built"))
     for op, kernels in table._OPS.items():
         if "triton" in kernels:
@@ -546,14 +547,34 @@ def test_where_they_do_not_run_they_say_why(op: str, backend: str, bare: pytest.
     with pytest.raises(ValueError, match=f"^{op}: backend '{backend}' cannot run on cuda: PyTorch sees no"):
         ops.select({op: backend}, "cuda")
     bare.setattr(packages, "no_gpu", lambda: None)
+    bare.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert said(op, backend, "cuda") is None
     bare.setattr(packages, "find_spec", lambda name: None)
     take_out()
     assert said(op, backend, "cuda") == f'{backend} is not installed: pip install "hybrid_lm[cuda]"'
 
 
+@pytest.mark.parametrize(
+    ("capability", "triton", "wrong"),
+    [((9, 0), "3.6.0", True), ((9, 0), "3.7.1", False), ((9, 0), "3.3.1", False), ((8, 0), "3.6.0", False)],
+)
+def test_what_a_compiler_gets_wrong_is_not_run(
+    capability: tuple[int, int], triton: str, wrong: bool, bare: pytest.MonkeyPatch
+) -> None:
+    put(bare, COMPILED, PACKAGES)
+    bare.setattr(packages, "no_gpu", lambda: None)
+    bare.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    bare.setattr(fla, "version", lambda name: triton)
+    reason = f"its gradients are wrong on this GPU with triton {triton}: triton 3.7.1 or later is needed"
+    for op in ("delta_rule", "ssd"):
+        assert said(op, "fla", "cuda") == (reason if wrong else None)
+    # of sums and products of single numbers
+    assert said("linear_recurrence", "fla", "cuda") is None
+
+
 def test_what_is_wrong_with_a_package_is_said(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bare.setattr(packages, "no_gpu", lambda: None)
+    bare.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     put(bare, PACKAGES)
     bare.setattr(packages, "version", lambda name: "1.5.0.post8")
     old = 'causal_conv1d 1.5.0.post8 is too old, 1.5.2 or later is needed: pip install "hybrid_lm[cuda]"'

@@ -17,7 +17,9 @@ calls them again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.delta_rule_torch import delta_rule_torch
-from hybrid_lm.ops.external.packages import Needs, Package, aligned, refusing
+from hybrid_lm.ops.external.packages import Needs, Package, aligned, numbers, refusing
 from hybrid_lm.ops.linear_recurrence import linear_recurrence
 from hybrid_lm.ops.ssd_torch import ssd_torch
 
@@ -247,8 +249,28 @@ def _gradient(ctx, gy, gstate):
 
 _recurrence.register_autograd(_gradient, setup_context=_setup)
 _recurrence_backward.register_autograd(refusing("a recurrence", PACKAGE.name))
-register("delta_rule", "fla", run=delta_rule_fla, why_not=KERNELS["delta_rule"].needs.why_not)
-register("ssd", "fla", run=ssd_fla, why_not=KERNELS["ssd"].needs.why_not)
-register(
-    "linear_recurrence", "fla", run=linear_recurrence_fla, why_not=KERNELS["linear_recurrence"].needs.why_not
-)
+
+
+@cache
+def _wrong_here() -> str | None:
+    """On GPUs of compute capability 9 Triton before 3.7.1 compiles a product with what was turned around in
+    registers to another one (fla's issues 640 and 984): gradients of keys and decays are wrong there."""
+    found = version("triton")
+    if torch.cuda.get_device_capability()[0] != 9 or not (3, 4) <= numbers(found) < (3, 7, 1):
+        return None
+    return f"its gradients are wrong on this GPU with triton {found}: triton 3.7.1 or later is needed"
+
+
+def _why_not(name: str) -> Callable[[str], str | None]:
+    kernel = KERNELS[name]
+
+    def reason(device: str) -> str | None:
+        products = kernel.keys is not None and device == "cuda"
+        return kernel.needs.why_not(device) or (_wrong_here() if products else None)
+
+    return reason
+
+
+register("delta_rule", "fla", run=delta_rule_fla, why_not=_why_not("delta_rule"))
+register("ssd", "fla", run=ssd_fla, why_not=_why_not("ssd"))
+register("linear_recurrence", "fla", run=linear_recurrence_fla, why_not=_why_not("linear_recurrence"))

@@ -77,7 +77,7 @@ def _missing(needs: Needs) -> str | None:
     except PackageNotFoundError:
         found = None
     oldest = ".".join(map(str, package.oldest))
-    if found is not None and _numbers(found) < package.oldest:
+    if found is not None and numbers(found) < package.oldest:
         return f"{package.name} {found} is too old, {oldest} or later is needed: {INSTALL}"
     if needs.compiled is not None and not _there(needs.compiled):
         return (
@@ -92,14 +92,14 @@ def _there(name: str) -> bool:
     return name in sys.modules or find_spec(name) is not None
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     """The leading numbers of a version: 2.3.2.post1 is (2, 3, 2)."""
-    numbers = []
+    found = []
     for part in text.split("."):
         if not part.isdigit():
             break
-        numbers.append(int(part))
-    return tuple(numbers)
+        found.append(int(part))
+    return tuple(found)
 
 
 @cache
