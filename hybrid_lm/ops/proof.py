@@ -97,9 +97,8 @@ def _verdict(
 ) -> str | None:
     """The answer on disk, or that of a trial, which is then kept."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else device
-    path = _file(op, backend, gpu)
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(path.read_text(encoding="utf-8"))["why_not"]
+        found = json.loads(_file(op, backend, gpu).read_text(encoding="utf-8"))["why_not"]
         if found is None or isinstance(found, str):
             return found
     print(f"hybrid_lm: trying the {backend} kernels of {op} on this device, {gpu}, once", file=sys.stderr)
@@ -128,6 +127,7 @@ def _verdict(
     if known:
         # A cache that cannot be written is no reason to stop: this process knows.
         with suppress(OSError):
+            path = _file(op, backend, gpu)
             path.parent.mkdir(parents=True, exist_ok=True)
             about = {"op": op, "backend": backend, "device": gpu, "torch": torch.__version__}
             replace_text(path, json.dumps(about | {"why_not": reason}, indent=1))

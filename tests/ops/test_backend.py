@@ -239,6 +239,23 @@ def test_what_is_not_tried(toy: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
     assert toy.asks == 0
 
 
+@pytest.mark.compile
+def test_a_compiled_graph_that_is_the_first_to_ask(toy: Tried) -> None:
+    torch.compiler.reset()
+    pick = backend.define("other", reference=lambda x: 2 * x, torch=lambda x: x + x)
+    trials.TRIALS["other"] = trials.TRIALS["toy"]
+    asked: list[int] = []
+    backend.register("other", "native", run=lambda x: asked.append(1) or 3 * x)
+
+    def op(x: torch.Tensor) -> torch.Tensor:
+        return pick(None, x)(x)
+
+    compiled = torch.compile(op, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    assert len(asked) == 1
+    assert proof._VERDICTS["other", "native", "cpu"]
+
+
 def test_trying_leaves_no_trace_and_takes_no_mode(toy: Tried) -> None:
     before = torch.get_rng_state()
     toy.kernel = lambda x: torch.nn.functional.linear(x[None], 2 * torch.eye(16, dtype=x.dtype))[0]
