@@ -220,7 +220,8 @@ class Decoder:
         self.model = model
         self.device = model.embed.weight.device
         self.record = cuda_graph if record is None and self.device.type == "cuda" else record
-        self.compiled = torch.compile(self.logits, fullgraph=True, dynamic=False) if compiled else None
+        # For the first batch size as it is, then once for all others.
+        self.compiled = torch.compile(self.logits, fullgraph=True) if compiled else None
         self.why_not: str | None = None
         self.recorded: list[tuple[dict[str, Any], Recorded]] = []
         self.current: Recorded | None = None

@@ -69,7 +69,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def compiled(function: Any, **how: Any) -> Any:
         asked.append(how)
-        return compile_(function, fullgraph=how["fullgraph"], dynamic=how["dynamic"], backend="aot_eager")
+        return compile_(function, fullgraph=True, dynamic=how.get("dynamic"), backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", compiled)
     begin = decode.Decoder.__init__
@@ -90,6 +90,7 @@ def test_compiled_and_recorded_candidates(kind: str, as_on_a_gpu: list[dict[str,
     assert {name: row["status"] for name, row in found.items()} == dict.fromkeys(only[:3], "ok")
     assert [found[name]["graph_breaks"] for name in only[:3]] == [0, 0, 0]
     assert [how["mode"] for how in as_on_a_gpu] == ["default", "reduce-overhead"]
+    assert all(how["fullgraph"] for how in as_on_a_gpu)
     found = on_cpu(f"{kind}_generate_1", compiled=True, only=["eager", *only[3:]])["candidates"]
     for name in only[3:]:
         assert found[name]["status"] == "ok", found[name]

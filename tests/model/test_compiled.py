@@ -138,6 +138,25 @@ def test_decoding_is_one_graph(kind: str, way: str, monkeypatch: pytest.MonkeyPa
         assert one.numbers() == state.numbers()
 
 
+@pytest.mark.skipif(ALONE, reason="once is enough")
+def test_batch_sizes_share_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    model = model_of("m s", "auto")
+    decoder = Decoder(model, compiled=True)
+    if torch.cuda.is_available():
+        decoder.record = None
+    with torch._dynamo.config.patch(error_on_recompile=False), torch.no_grad():
+        for b in range(1, 13):
+            state = model.empty_state(b)
+            reference = state.fork()
+            for tokens in torch.randint(50, (2, b)):
+                logits = model(tokens[:, None], state=reference).logits[:, -1]
+                assert torch.equal(decoder.step(tokens, state), logits), b
+    # One row is a case of its own to torch.compile.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
 @pytest.mark.skipif(library.why_not("cpu") is not None, reason="no native library")
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "torch"])
 @pytest.mark.parametrize("kind", KINDS)
