@@ -30,7 +30,7 @@ const char* scan_backward(const ScanGradArgs&);
 int64_t scan_backward_scratch(const ScanGradArgs&);
 
 // Tokens between two states that `before` keeps.
-constexpr int64_t SCAN_CHUNK = 64;
+constexpr int64_t SCAN_CHUNK = 32;
 // States that the kernels have lanes for.
 constexpr int64_t SCAN_STATES = 256;
 

@@ -13,7 +13,7 @@ from hybrid_lm.ops.selective_scan_torch import selective_scan_torch
 
 # Tokens between two states that are kept for the backward pass: SCAN_CHUNK of csrc/cpu/kernels.h and of
 # csrc/cuda/kernels.h.
-CHUNKS = {"cpu": 32, "cuda": 64}
+CHUNKS = {"cpu": 32, "cuda": 32}
 # Devices whose kernels compute in float32 alone, and on as many states as a warp has room for (SCAN_STATES of
 # csrc/cuda/kernels.h); the rest is left to PyTorch.
 NARROW = {"cuda"}
