@@ -200,7 +200,7 @@ def test_an_unused_output(unused: int, generator: torch.Generator) -> None:
 def test_decoding(case: Case, donate: bool, generator: torch.Generator) -> None:
     made = case.make(generator)
     expected = ops.ssd(**made, backend="reference")
-    inputs = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in made.items()}
+    inputs: Inputs = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in made.items()}
     given = inputs.get("initial")
     before = None if given is None else given.clone()
     y, state = ops.ssd(**inputs, donate=donate, backend="triton")
@@ -225,7 +225,7 @@ def test_with_the_convolution(
     made |= {"weight": randn(generator, h, p, w)}
     if full:
         made |= {"conv_bias": randn(generator, h, p), "conv_initial": randn(generator, b, w - 1, h, p)}
-    inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in placed(made, dtype).items()}
+    inputs: Inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in placed(made, dtype).items()}
     fused = triton_ssd.ssd_conv(**inputs)
     apart = triton_ssd.ssd_conv(**inputs | {"x": inputs["x"].clone().requires_grad_()})
     for name, a, e in zip(("y", "window", "state"), fused, apart, strict=True):
@@ -251,7 +251,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_changes_nothing(layout: str, generator: torch.Generator) -> None:
     made = placed(small(5, b=2, groups=2).make(generator), torch.float32)
-    laid = {
+    laid: Inputs = {
         k: LAYOUTS[layout](v.detach()).requires_grad_() if k in leaves_of(made) else v
         for k, v in made.items()
     }
@@ -388,7 +388,7 @@ def test_every_launch_compiles_as_triton_binds_it(monkeypatch: pytest.MonkeyPatc
     b, t, h, p, n = 1, 128, 2, 64, 64
     x, dt, A = torch.zeros(b, t, h, p).bfloat16(), torch.zeros(b, t, h).bfloat16(), torch.zeros(h)
     B, state, reset = torch.zeros(b, t, 1, n).bfloat16(), torch.zeros(b, h, p, n), torch.zeros(b, t).bool()
-    inputs = (x, dt, A, B, B, A, A, True, 0.0, float("inf"), state, reset)
+    inputs: Any = (x, dt, A, B, B, A, A, True, 0.0, float("inf"), state, reset)
     with on_hopper() as compiled:
         monkeypatch.setattr(triton_ssd, "kernels", lambda: compiled)
         triton_ssd.forward(*inputs, 64)
@@ -507,7 +507,7 @@ def test_machine_code_for_hopper_stays_within_its_limits(monkeypatch: pytest.Mon
     triton_ssd.forward_conv(x, weight, x[0, 0], None, *inputs[1:], None, None, 64)
     triton_ssd.backward(x, None, *inputs, None, None, 64)
     triton_ssd.step(*(v[:, :1] if isinstance(v, Tensor) and v.dim() > 1 else v for v in inputs), state, None)
-    wanted = [(name, "", arguments, settings) for name, arguments, settings in launches.found]
+    wanted: list[Any] = [(name, "", arguments, settings) for name, arguments, settings in launches.found]
     for kind, p, n, dtype in (("_wide", 128, 128, torch.bfloat16), ("_exact", 64, 64, torch.float32),
                               ("_double", 32, 64, torch.float64)):  # fmt: skip
         launches.found.clear()
@@ -530,11 +530,11 @@ def test_machine_code_for_hopper_stays_within_its_limits(monkeypatch: pytest.Mon
             assert kept, f"{name}: {what}: {number}, and {limits[name][what]} in {LIMITS.name}"
 
 
-def sizes_of_mamba2(p: int, n: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], Tensor]:
+def sizes_of_mamba2(p: int, n: int, dtype: torch.dtype) -> Any:
     """Arguments without data for 8 sequences of 4096 tokens and 64 heads, and a state."""
     b, t, h, g = 8, 4096, 64, 1
     given: dict[str, Any] = {"device": "meta", "dtype": dtype}
-    kept = given | {"dtype": torch.promote_types(dtype, torch.float32)}
+    kept: dict[str, Any] = given | {"dtype": torch.promote_types(dtype, torch.float32)}
     x, dt, A = torch.empty(b, t, h, p, **given), torch.empty(b, t, h, **given), torch.empty(h, **kept)
     B, C = (torch.empty(b, t, g, n, **given) for _ in range(2))
     return (x, dt, A, B, C, A, A, True, 0.0, float("inf")), torch.empty(b, h, p, n, **kept)
