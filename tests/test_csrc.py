@@ -63,7 +63,7 @@ def test_shared_functions_compile_for_a_device_without_spilling(tmp_path: Path) 
 # By kernel: the most registers; of its loop with this many exponentials the most instructions; and of the
 # shortest way around a loop with so many exponentials and this instruction, which is what most tokens
 # take, the most instructions. By file: the most instructions of all kernels together, with which goes the
-# time that it takes to compile them. A change that goes beyond one of them is to be measured, or to be undone.
+# time that it takes to compile them. What goes beyond one of them is to be measured, or to be undone.
 LIMITS = json.loads(Path(__file__).with_name("cuda_limits.json").read_text())
 
 
