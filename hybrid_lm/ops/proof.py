@@ -206,7 +206,9 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+    lines = str(error).strip().splitlines() or ["no message"]
+    # triton's compiler begins with the place, line by line, and says what is wrong at the end
+    return lines[-1] if lines[0].startswith("at ") else lines[0]
 
 
 def _file(op: str, backend: str, gpu: str) -> Path:
