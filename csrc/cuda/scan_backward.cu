@@ -47,10 +47,10 @@ struct Rows {
   // Of the gradients of B and C: [token][B, C][set][state].
   static constexpr int WIDE = Shape::NEAR * Shape::WIDTH + (Shape::WIDTH < 32 ? Shape::WIDTH : 0);
   float matrices[Shape::BATCH][2][WIDE];
-  // Of the gradients of the input and of the step: [token][pair][lane][set], as Pairs.
-  static constexpr int AT_ONCE = 32 / Shape::PIECE / Shape::LANES;
-  static constexpr int NARROW = (Shape::NEAR * Shape::PIECE + 31) / 32 * 32 + (AT_ONCE < 1 ? 1 : AT_ONCE) * Shape::PIECE;
-  float inputs[Shape::BATCH][Shape::PAIRS][Shape::LANES][NARROW];
+  // Of the gradients of the input and of the step: [token][pair][lane][set]. The sets that one access takes with all
+  // their lanes are SIDE banks wide, which an odd number of times lies between two lanes.
+  static constexpr int SETS = 32 / Shape::PIECE / Shape::LANES, SIDE = (SETS < 1 ? 1 : SETS) * Shape::PIECE;
+  float inputs[Shape::BATCH][Shape::PAIRS][Shape::LANES][(Shape::NEAR * Shape::PIECE / SIDE | 1) * SIDE];
 };
 
 // A warp's own.
@@ -627,6 +627,8 @@ struct Backward {
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
     scan_backward_kernel(const ScanGradArgs a, const Parts parts) {
+  // A processor of sm_90 has 228 KB, of which each block costs one more than it asks for.
+  static_assert(Shape::BLOCKS * (sizeof(Shared<Shape>) + 1024) <= 228 * 1024);
   auto& shared = *reinterpret_cast<Shared<Shape>*>(shared_memory());
   const int64_t row = blockIdx.x, part = blockIdx.y;
   const int64_t blocks = (a.width + Shape::CHANNELS - 1) / Shape::CHANNELS;
@@ -700,8 +702,8 @@ inline Sum sum_of(const View& to, const float* parts, int64_t count, int64_t a, 
 template <class F>
 auto with_shape(const ScanGradArgs& a, const F& f) {
   if (a.states > 128) return f(Shape<32, 8, 1, 64, 4, 1>());
-  if (a.states > 64) return f(Shape<32, 4, 1, 128, 4, 1>());
-  if (a.states > 16) return f(Shape<16, 4, 1, 256, 4, 2>());
+  if (a.states > 64) return f(Shape<32, 4, 1, 128, 4, 2>());
+  if (a.states > 16) return f(Shape<16, 4, 2, 128, 4, 2>());
   if (a.batch * a.width < SCAN_ENOUGH / 2) return f(Shape<8, 2, 1, 256, 8, 2>());
   if (a.batch * a.width < SCAN_ENOUGH) return f(Shape<4, 4, 2, 128, 4, 3>());
   return f(Shape<4, 4, 4, 256, 4, 1>());
