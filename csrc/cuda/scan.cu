@@ -78,6 +78,14 @@ bool in_one(const ScanArgs& a, const View& v) {
   return begins && (a.batch == 1 || v.stride[0] % COUNT == 0) && (a.tokens == 1 || v.stride[1] % COUNT == 0);
 }
 
+// Up to FEW channels eight lanes each fill a large device better, from MANY on two: by estimates from the machine code,
+// until a GPU says otherwise. Tests have fewer, and want all shapes.
+#if defined(HYBRID_LM_EMULATE)
+constexpr int64_t FEW = 6, MANY = 36;
+#else
+constexpr int64_t FEW = 2048, MANY = 16384;
+#endif
+
 // The way a channel's states are spread over lanes, by the sizes alone, so that a call gives the same bits on every
 // device: as few lanes as hold the states, and more where there are not channels enough to fill a device.
 template <class F>
@@ -85,8 +93,8 @@ const char* with_shape(const ScanArgs& a, const F& f) {
   const int64_t channels = a.batch * a.width;
   if (a.states > 64) return f(ScanShape<16, 16, 1, 16, 4, 1>());
   if (a.states > 16) return f(ScanShape<4, 16, 1, 16, 8, 1>());
-  if (channels * 8 < SCAN_ENOUGH) return f(ScanShape<8, 2, 1, 32, 16, 4>());
-  if (channels * 4 < SCAN_ENOUGH * 3) return f(ScanShape<4, 4, 1, 32, 16, 4>());
+  if (channels <= FEW) return f(ScanShape<8, 2, 1, 32, 16, 4>());
+  if (channels < MANY) return f(ScanShape<4, 4, 1, 32, 16, 4>());
   return f(ScanShape<2, 8, 2, 16, 8, 2>());
 }
 
