@@ -114,6 +114,7 @@ TRIALS: dict[str, tuple[Callable[[], Trial], ...]] = {
         partial(ssd, "one token", 3, 1, 4, 64, 128, 2, donate=True),
     ),
     "selective_scan": (
+        partial(selective_scan, "very many channels", 8, 40, 4096, 16),
         partial(selective_scan, "many channels", 4, 70, 4096, 16),
         partial(selective_scan, "few channels", 2, 150, 40, 16),
         partial(selective_scan, "one token", 3, 1, 40, 16, donate=True),
