@@ -99,11 +99,13 @@ class Watch(TorchDispatchMode):
         return moved and any(device != out.device for device in given)
 
 
-def cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-    """Records a step as a CUDA graph."""
+def cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], Any], Tensor]:
+    """Records a step of a model on this GPU as a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on with their own work meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # PyTorch's own stream for recording is the first GPU's that was recorded on: a step on another one would be
+    # done instead. Other threads may go on with their own work meanwhile.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         out = step()
     return graph.replay, out
 
@@ -219,13 +221,14 @@ class Decoder:
         `record`: by default CUDA graphs for a model on a GPU, and nothing elsewhere."""
         self.model = model
         self.device = model.embed.weight.device
-        self.record = cuda_graph if record is None and self.device.type == "cuda" else record
+        on_gpu = record is None and self.device.type == "cuda"
+        self.record = partial(cuda_graph, device=self.device) if on_gpu else record
         # For the first batch size as it is, then once for all others.
         self.compiled = torch.compile(self.logits, fullgraph=True) if compiled else None
         self.why_not: str | None = None
         self.recorded: list[tuple[dict[str, Any], Recorded]] = []
         self.current: Recorded | None = None
-        self.tried: dict[str, Any] | None = None
+        self.tried: list[dict[str, Any]] = []
         self.changed: weakref.ref[ModelState] | None = None
         self.refused: tuple[weakref.ref[ModelState], str] | None = None
 
@@ -241,7 +244,7 @@ class Decoder:
             self.current = next((one for known, one in self.recorded if known == now), None)
             if self.current is not None:
                 self.current.adopt(state)
-            elif self.tried != now:
+            elif now not in self.tried:
                 return self.first(tokens, state, now)
             else:
                 self.current = Recorded(partial(self.run, self.compiled or self.logits), tokens, state)
@@ -292,7 +295,7 @@ class Decoder:
         change = difference(before, after)
         self.why_not = never or change or "the first step is only looked at"
         if never is None and change is None:
-            self.tried = after
+            self.tried.append(after)
         # What changed once may have come to its end, as a window that is full now.
         elif never is not None or (self.changed is not None and self.changed() is state):
             self.refused = weakref.ref(state), self.why_not

@@ -107,6 +107,9 @@ def _verdict(
     def attempt() -> tuple[str | None, bool]:
         if here is not None:
             torch.cuda.set_device(here)
+        # Whose fault that is, this kernel or one before it, nobody knows: the next process tries again.
+        if (trouble := _trouble(device)) is not None:
+            return trouble, False
         try:
             reason = differences(run, plain, trials, device)
         # Out of memory says nothing of the kernel: the next process tries again.
@@ -132,6 +135,15 @@ def _verdict(
             about = {"op": op, "backend": backend, "device": gpu, "torch": torch.__version__}
             replace_text(path, json.dumps(about | {"why_not": reason}, indent=1))
     return reason
+
+
+def _trouble(device: str) -> str | None:
+    """Why a device cannot even hold a number: after an illegal access every call in this process fails."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        return f"this device does not answer, and nothing can be tried: {_first_line(error)}"
+    return None
 
 
 def differences(run: Run, plain: Run, trials: tuple[Callable[[], Trial], ...], device: str) -> str | None:

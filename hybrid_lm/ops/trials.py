@@ -117,10 +117,15 @@ TRIALS: dict[str, tuple[Callable[[], Trial], ...]] = {
         partial(selective_scan, "very many channels", 8, 40, 4096, 16),
         partial(selective_scan, "many channels", 4, 70, 4096, 16),
         partial(selective_scan, "few channels", 2, 150, 40, 16),
+        partial(selective_scan, "more states", 2, 70, 40, 40),
+        partial(selective_scan, "an odd width", 1, 70, 41, 16),
         partial(selective_scan, "one token", 3, 1, 40, 16, donate=True),
     ),
     "causal_conv1d": (
+        # channels that one access takes eight of, as in every model; and such as it cannot
+        partial(causal_conv1d, "whole vectors", 2, 300, 128, 4),
         partial(causal_conv1d, "a sequence", 2, 300, 70, 4),
+        partial(causal_conv1d, "many taps", 2, 70, 72, 7),
         partial(causal_conv1d, "one token", 3, 1, 70, 4, donate=True),
     ),
     "mamba2_mixer": (

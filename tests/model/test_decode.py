@@ -157,6 +157,19 @@ def test_states_take_turns() -> None:
     assert len(calls) == 2, "once for each size"
 
 
+def test_states_of_two_sizes_take_turns_from_the_first_step_on() -> None:
+    model, tokens = example("mamba"), tokens_of()
+    states = [begun(model, b=b) for b in (1, 2)]
+    references = [state.fork() for state in states]
+    decoder = Decoder(model, record=counted(calls := list[int]()))
+    for one in tokens:
+        for state, reference in zip(states, references, strict=True):
+            given = one[: len(state.position)]
+            assert torch.equal(decoder.step(given, state), eager(model, reference, [given])[0])
+    assert decoder.why_not is None
+    assert len(calls) == 2, "once for each size"
+
+
 def counted(calls: list[int]) -> decode.Record:
     def record(step):
         calls.append(1)
@@ -267,6 +280,18 @@ def test_a_cuda_graph_gives_the_models_own_bits(name: str, b: int) -> None:
         assert torch.equal(decoder.step(one, state), logits)
     assert decoder.why_not is None
     assert same(state, reference)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="less than two GPUs")
+def test_each_gpu_has_recordings_of_its_own() -> None:
+    for device in ("cuda:0", "cuda:1"):
+        model = build_model(example("mamba2").config, device=device)
+        state = model.empty_state(2)
+        reference, decoder = state.fork(), Decoder(model)
+        tokens = [v.to(device) for v in tokens_of()]
+        for one, logits in zip(tokens, eager(model, reference, tokens), strict=True):
+            assert torch.equal(decoder.step(one, state), logits)
+        assert decoder.why_not is None
 
 
 @pytest.mark.compile

@@ -208,6 +208,23 @@ def test_a_kernel_that_fails_is_refused_and_one_without_memory_asked_again(toy: 
     assert row.why_not == "it fails on this device, cpu: RuntimeError: no kernel image"
 
 
+def test_a_device_that_does_not_answer_says_nothing_of_the_kernel(
+    toy: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def zeros(*args: object, **how: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", zeros)
+        assert toy.chosen() == "torch"
+        [row] = [r for r in ops.report("cpu") if r.backend == "native"]
+    assert row.why_not == (
+        "this device does not answer, and nothing can be tried: CUDA error: an illegal memory access"
+    )
+    assert toy.asks == 0
+    assert toy.chosen() == "native"
+
+
 def test_a_cache_that_is_broken_or_cannot_be_written(toy: Tried, tmp_path: Path) -> None:
     assert toy.chosen() == "native"
     [kept] = (tmp_path / "cache" / "proofs").iterdir()

@@ -194,6 +194,18 @@ def test_an_unused_output(unused: int, generator: torch.Generator) -> None:
 
 
 @kernel
+@pytest.mark.parametrize("t", [1, 20])
+def test_no_sequences_at_all(t: int) -> None:
+    x = torch.ones(0, t, 2, 5, device=DEVICE, requires_grad=True)
+    A, B = torch.full((2,), -1.0, device=DEVICE, requires_grad=True), torch.ones(0, t, 1, 7, device=DEVICE)
+    y, state = ops.ssd(x, x[..., 0], A, B, B, backend="triton")
+    assert (y.shape, state.shape) == ((0, t, 2, 5), (0, 2, 5, 7))
+    gx, gA = torch.autograd.grad(y.sum(), (x, A))
+    assert gx.shape == x.shape
+    assert torch.equal(gA, torch.zeros_like(A))
+
+
+@kernel
 @pytest.mark.parametrize("case", [small(1, b=2), small(1, b=2, full=False), small(1, groups=2, p=33)],
                          ids=lambda c: c.id)  # fmt: skip
 @pytest.mark.parametrize("donate", [False, True])

@@ -413,7 +413,8 @@ def _coarse(types: dict[str, Any]) -> bool:
 
 def _spans(s: Shape) -> int:
     """Into how many parts a sequence is cut so that the device is busy: 1 where the heads alone do that."""
-    return 1 if s.b * s.h >= ENOUGH // 2 else min(s.chunks, -(-ENOUGH // (s.b * s.h)))
+    heads = max(1, s.b * s.h)
+    return 1 if heads >= ENOUGH // 2 else min(s.chunks, -(-ENOUGH // heads))
 
 
 def backward(
@@ -515,7 +516,7 @@ def _shares(s: Shape) -> tuple[int, int]:
 
     All of them where the chunks are enough programs; the shares are summed by a second pass.
     """
-    wanted = min(s.heads, max(1, ENOUGH // (s.b * s.g * s.chunks)))
+    wanted = min(s.heads, max(1, ENOUGH // max(1, s.b * s.g * s.chunks)))
     share = -(-s.heads // wanted)
     return share, -(-s.heads // share)
 
