@@ -7,14 +7,13 @@ prints what the kernels of that name run for 128 exponentials.
 
 from __future__ import annotations
 
-import heapq
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,15 +62,16 @@ class Kernel:
         """
         index = {at: k for k, (at, _) in enumerate(self.code)}
         ways: list[list[int]] = []
+        counted = [is_exponential(text) for _, text in self.code]
         for end, (at, text) in enumerate(self.code):
             to = target(text)
-            if to is not None and to < at:
+            if to is not None and to < at and sum(counted[index[to] : end]) >= exponentials:
                 ways += shortest(self.code, index[to], end, exponentials, holds)
         return Counter(operation(self.code[k][1]) for k in min(ways, key=len)) if ways else None
 
 
 def shortest(code: Code, begin: int, end: int, exponentials: int, holds: str) -> Iterator[list[int]]:
-    """The instructions from one to another, if there is a way with what it must have (Dijkstra)."""
+    """The instructions from one to another, if there is a way with what it must have: breadth first."""
     index = {at: k for k, (at, _) in enumerate(code)}
 
     def arrive(k: int, done: int, held: bool) -> tuple[int, int, bool]:
@@ -79,23 +79,22 @@ def shortest(code: Code, begin: int, end: int, exponentials: int, holds: str) ->
         return k, done + is_exponential(text), held or operation(text) == holds
 
     start = arrive(begin, 0, not holds)
-    before, length = {start: start}, {start: 1}
-    queue = [(1, start)]
+    before, queue = {start: start}, deque([start])
     while queue:
-        steps, here = heapq.heappop(queue)
+        here = queue.popleft()
         if here == (end, exponentials, True):
             way = [here]
             while way[-1] != start:
                 way.append(before[way[-1]])
             yield [k for k, _, _ in reversed(way)]
             return
-        if steps > length[here] or here[0] == end:
+        if here[0] == end:
             continue
         for after in following(code, index, here[0]):
             place = arrive(after, *here[1:])
-            if place[1] <= exponentials and steps + 1 < length.get(place, sys.maxsize):
-                length[place], before[place] = steps + 1, here
-                heapq.heappush(queue, (steps + 1, place))
+            if place[1] <= exponentials and place not in before:
+                before[place] = here
+                queue.append(place)
 
 
 def following(code: Code, index: dict[int, int], k: int) -> list[int]:

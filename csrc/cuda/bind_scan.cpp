@@ -13,9 +13,10 @@ struct Inputs {
 
   Inputs(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const MaybeTensor& D,
          const MaybeTensor& z, const MaybeTensor& dt_bias, bool dt_softplus, const MaybeTensor& reset,
-         const MaybeTensor& gy = std::nullopt)
+         bool any_type = true, const MaybeTensor& gy = std::nullopt)
       : x(x), dt(dt), A(A), B(B), C(C), D(D), z(z), dt_bias(dt_bias), reset(reset), dt_softplus(dt_softplus) {
     type = common_type({&this->x, &this->dt, &this->B, &this->C, maybe(this->z), maybe(gy)});
+    if (!any_type) type = ScalarType::Float;
   }
 
   void fill(ScanArgs& a, const OnDevice& device) {
@@ -84,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     MaybeTensor D, MaybeTensor z, MaybeTensor dt_bias, bool dt_softplus, MaybeTensor reset) {
   const OnDevice device(x);
   ScanGradArgs a{};
-  Inputs inputs(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reset, gy);
+  Inputs inputs(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reset, A.dim() != 2 || size(A, 1) <= SCAN_TYPED, gy);
   inputs.fill(a, device);
   const int64_t b = a.batch, t = a.tokens, d = a.width, n = a.states, chunks = (t + SCAN_CHUNK - 1) / SCAN_CHUNK;
   STD_TORCH_CHECK(before.scalar_type() == ScalarType::Float, "before: another type than the forward pass keeps");

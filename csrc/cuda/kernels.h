@@ -31,7 +31,7 @@ int64_t scan_backward_scratch(const ScanGradArgs&);
 
 // Tokens between two states that `before` keeps.
 constexpr int64_t SCAN_CHUNK = 32;
-// States that the kernels have lanes for.
-constexpr int64_t SCAN_STATES = 256;
+// States that the kernels have lanes for; and up to which the backward pass takes x as any type, not float32 alone.
+constexpr int64_t SCAN_STATES = 256, SCAN_TYPED = 16;
 
 }  // namespace hybrid_lm

@@ -169,7 +169,7 @@ constexpr int64_t SCAN_ENOUGH = 32768;
 #endif
 
 template <class F>
-inline const char* with_type(Type type, const F& f) {
+inline auto with_type(Type type, const F& f) {
   if (type == Type::f32) return f(Float());
   return type == Type::bf16 ? f(BFloat()) : f(Half());
 }

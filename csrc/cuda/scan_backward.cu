@@ -697,35 +697,38 @@ inline Sum sum_of(const View& to, const float* parts, int64_t count, int64_t a, 
   return s;
 }
 
-// As many lanes as in scan.cu, with fewer states each, whose traces are in registers too; and as many channels for a lane
-// as leave enough lanes to fill a device.
+// As many lanes as hold the states, few for each, whose traces are in registers too; and as many channels for a lane as
+// leave enough lanes to fill a device. Many states are rare: they have kernels for float32 alone (bind_scan.cpp gives
+// them that), which are a third of what there would be to compile.
 template <class F>
 auto with_shape(const ScanGradArgs& a, const F& f) {
-  if (a.states > 128) return f(Shape<32, 8, 1, 64, 4, 1>());
-  if (a.states > 64) return f(Shape<32, 4, 1, 128, 4, 2>());
-  if (a.states > 16) return f(Shape<16, 4, 2, 128, 4, 2>());
-  if (a.batch * a.width < SCAN_ENOUGH / 2) return f(Shape<8, 2, 1, 256, 8, 2>());
-  if (a.batch * a.width < SCAN_ENOUGH) return f(Shape<4, 4, 2, 128, 4, 3>());
-  return f(Shape<4, 4, 4, 256, 4, 1>());
+  if (a.states <= SCAN_TYPED) {
+    return with_type(a.x.type, [&](auto type) {
+      if (a.batch * a.width < SCAN_ENOUGH / 2) return f(type, Shape<8, 2, 1, 256, 8, 2>());
+      if (a.batch * a.width < SCAN_ENOUGH) return f(type, Shape<4, 4, 2, 128, 4, 3>());
+      return f(type, Shape<4, 4, 4, 256, 4, 1>());
+    });
+  }
+  if (a.states <= 64) return f(Float(), Shape<16, 4, 2, 128, 4, 2>());
+  if (a.states <= 128) return f(Float(), Shape<32, 4, 1, 128, 4, 2>());
+  return f(Float(), Shape<32, 8, 1, 64, 4, 1>());
 }
 
 }  // namespace
 
 int64_t scan_backward_scratch(const ScanGradArgs& a) {
-  return with_shape(a, [&](auto shape) { return parts_of(a, decltype(shape)::CHANNELS).count; });
+  return with_shape(a, [&](auto, auto shape) { return parts_of(a, decltype(shape)::CHANNELS).count; });
 }
 
 const char* scan_backward(const ScanGradArgs& a) {
   Parts parts;
   if (a.batch && a.width) {
-    const char* wrong = with_type(a.x.type, [&](auto type) {
-      return with_shape(a, [&](auto shape) {
-        using Shape = decltype(shape);
-        parts = parts_of(a, Shape::CHANNELS);
-        if (a.batch > 0x7fffffff) return "selective_scan: more than 2^31 rows";
-        return launch(scan_backward_kernel<decltype(type), Shape>, dim3{unsigned(a.batch), unsigned(parts.blocks), 1},
-                      Shape::THREADS, sizeof(Shared<Shape>), a.stream, a, parts);
-      });
+    const char* wrong = with_shape(a, [&](auto type, auto shape) {
+      using Shape = decltype(shape);
+      parts = parts_of(a, Shape::CHANNELS);
+      if (a.batch > 0x7fffffff || a.width > 0x7fffffff) return "selective_scan: more than 2^31 rows or channels";
+      return launch(scan_backward_kernel<decltype(type), Shape>, dim3{unsigned(a.batch), unsigned(parts.blocks), 1},
+                    Shape::THREADS, sizeof(Shared<Shape>), a.stream, a, parts);
     });
     if (wrong) return wrong;
   } else {

@@ -415,8 +415,8 @@ def gradients_kernel(
         gC += tl.dot(gy, S, input_precision=PRECISION, out_dtype=WIDE) * from_start[:, None]
         gB += tl.dot(x, gS, input_precision=PRECISION, out_dtype=WIDE) * (to_end * d)[:, None]
     coarse = gCB.to(OPERAND)
-    # not coarse^T u: on Hopper, Triton 3.4 to 3.7 get the product of a transposed accumulator wrong (triton#6124,
-    # flash-linear-attention#640)
+    # not coarse^T u: on Hopper, Triton 3.4 to 3.7 get the product of a transposed accumulator wrong
+    # (triton#6124, flash-linear-attention#640)
     gC += tl.trans(tl.dot(tl.trans(u), coarse, input_precision=PRECISION, out_dtype=WIDE))
     gB = tl.dot(coarse, c, gB, input_precision=PRECISION, out_dtype=WIDE)
     at = (((slot * tl.num_programs(2) + b) * t + begin) * groups + g) * n
