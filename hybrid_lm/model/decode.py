@@ -102,7 +102,7 @@ class Watch(TorchDispatchMode):
 def cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], Any], Tensor]:
     """Records a step of a model on this GPU as a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
-    # PyTorch's own stream for recording is the first GPU's that was recorded on: a step on another one would be
+    # PyTorch's own stream for recording is the first GPU's that was recorded on: a step on another would be
     # done instead. Other threads may go on with their own work meanwhile.
     stream = torch.cuda.Stream(device)
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
