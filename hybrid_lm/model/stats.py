@@ -63,7 +63,7 @@ def layer_table(model: HybridLM, context: int = 2048) -> list[LayerRow]:
     """A row for each residual layer. Build the model with `weights=False` to look at one of any size."""
     config, rows, counted = model.config, [], set()
     if not model.embed.weight.is_meta:
-        # A memory with room for a million tokens is only looked at. The model's backends may be a GPU's alone.
+        # A memory with room for a million tokens is only looked at. Its own backends may be a GPU's.
         dtype = model.embed.weight.dtype
         model = build_model(config, backend="torch", weights=False).to(dtype)
     items = expand(config.pattern, list(config.layers), config.depth)
