@@ -131,5 +131,7 @@ TRIALS: dict[str, tuple[Callable[[], Trial], ...]] = {
     "mamba2_mixer": (
         partial(mamba2_mixer, "a sequence", 2, 150, 4, 64, 128),
         partial(mamba2_mixer, "one token", 3, 1, 4, 64, 128, donate=True),
+        # heads enough for a block of each
+        partial(mamba2_mixer, "one token of many heads", 9, 1, 64, 64, 128, donate=True),
     ),
 }
