@@ -61,9 +61,9 @@ inline ScalarType common_type(std::initializer_list<const Tensor*> tensors) {
 inline const Tensor* maybe(const MaybeTensor& t) { return t ? &*t : nullptr; }
 
 // Of this type and with its numbers along the last axis side by side, and rows so near to each other that 32 bits hold
-// the way from one to the eighth after it: itself, or a copy.
+// the way from one to the last of a stage of the scan, the 31st after it: itself, or a copy.
 inline Tensor in_rows(const Tensor& t, ScalarType type) {
-  constexpr int64_t FAR = int64_t(1) << 27;
+  constexpr int64_t FAR = int64_t(1) << 26;
   const int64_t last = t.dim() - 1;
   bool side_by_side = last < 0 || t.strides()[last] == 1 || size(t, last) <= 1;
   if (last > 0) side_by_side = side_by_side && t.strides()[last - 1] < FAR;
