@@ -331,14 +331,19 @@ def test_the_fastest_way_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(tuning, "on_device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(
-        tuning, "_milliseconds", lambda run: run() or {3: 1.0, 2: 2.0, 1: 3.0}[launched[-1].num_stages]
+        tuning, "_milliseconds", lambda run: (run(), {3: 1.0, 2: 2.0, 1: 3.0}[launched[-1].num_stages])[1]
     )
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
     candidates, launched = tuning.CANDIDATES["ssd_outputs"], []
 
+    def launch(choice: tuning.Choice) -> tuple[Tensor, ...]:
+        launched.append(choice)
+        right = torch.tensor([3.0, -4.0])
+        return right * (1 + 2**-8), right + (choice.num_stages == wrong), torch.ones(0)
+
     def call() -> tuning.Choice:
         launched.clear()
-        tuning.best("ssd_outputs", launched.append, on_gpu, (8, 64, 128))
+        tuning.best("ssd_outputs", launch, on_gpu, (8, 64, 128))
         return launched[-1]
 
     def fresh_process() -> None:
@@ -346,7 +351,7 @@ def test_the_fastest_way_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_pa
         tuning._file.cache_clear()
 
     fresh_process()
-    capturing = True
+    wrong, capturing = None, True
     assert call() == candidates[0]
     assert len(launched) == 1
     capturing = False
@@ -355,7 +360,7 @@ def test_the_fastest_way_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert len(launched) == 1
     monkeypatch.setattr(proof, "_TRYING", [0])
     assert call().num_stages == 3
-    assert len(launched) == len(candidates) + 1
+    assert len(launched) == 3 * len(candidates) + 1
     fresh_process()
     assert call().num_stages == 3
     assert len(launched) == 1
@@ -363,7 +368,12 @@ def test_the_fastest_way_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_pa
     kept.write_text("not JSON")
     fresh_process()
     assert call().num_stages == 3
-    assert len(launched) == len(candidates) + 1
+    assert len(launched) == 3 * len(candidates) + 1
+    # the fastest one that comes to what the first does
+    wrong = 3
+    kept.unlink()
+    fresh_process()
+    assert call().num_stages == 2
     fresh_process()
 
 
@@ -377,10 +387,11 @@ def test_what_the_device_has_no_room_for_is_passed_over(monkeypatch: pytest.Monk
     monkeypatch.setattr(proof, "_TRYING", [1])
     launched: list[int] = []
 
-    def launch(choice: tuning.Choice) -> None:
+    def launch(choice: tuning.Choice) -> tuple[Tensor, ...]:
         launched.append(choice.num_stages)
         if choice.num_stages > room:
             raise OutOfResources(140_000, 100_000, "shared memory")
+        return ()
 
     room = 2
     tuning.best("ssd_gradients", launch, on_gpu, ())

@@ -329,7 +329,7 @@ def _walk(
     """The state at the end of a walk (b h p n), and into `kept` (b h spans p n) that at every span."""
     end = v.new_empty((s.b, s.h, s.p, s.n), dtype=wide(v))
 
-    def launch(choice: Choice) -> None:
+    def launch(choice: Choice) -> tuple[Tensor, ...]:
         BN, BP = min(choice.BN, s.BN), min(choice.BP, s.BP)
         kernels().states_kernel[(s.b * s.h, -(-s.p // BP), -(-s.n // BN))](
             v, u, steps.planes, start, kept, end, *conv[0],
@@ -338,6 +338,7 @@ def _walk(
             **types | choice.options | {"HAS_START": start is not None, "HAS_RESET": steps.has_reset}
             | {"REVERSE": reverse} | s.tiles(BN, BP) | conv[1],
         )  # fmt: skip
+        return kept, end
 
     best(
         "ssd_states" + _kind(types, s, "_exact"),
@@ -390,7 +391,7 @@ def _forward(
     else:
         start, state = initial, x.new_empty((s.b, s.h, s.p, s.n), dtype=wide(x))
 
-    def launch(choice: Choice) -> None:
+    def launch(choice: Choice) -> tuple[Tensor, ...]:
         BP = min(choice.BP, s.BP)
         kernels().outputs_kernel[(s.b * s.h, -(-s.p // BP), -(-s.chunks // span))](
             x, steps.planes, steps.document, B, C, D, start, y, state, *conv[0],
@@ -399,6 +400,7 @@ def _forward(
             **types | choice.options | {"HAS_D": D is not None, "HAS_RESET": steps.has_reset}
             | {"HAS_START": start is not None, "KEPT": spans > 1} | s.tiles(s.BN, BP) | conv[1],
         )  # fmt: skip
+        return (y,) if spans > 1 else (y, state)
 
     kind = _kind(types, s, "_double", "_exact", "_deep", "_wide")
     about = (s.h * s.b, s.p, s.n, s.Q, types["PRECISION"], spans > 1, conv[1]["W"])
@@ -445,7 +447,7 @@ def backward(
     inner = x.new_empty((s.b, s.h, s.chunks, s.BP), dtype=wide(x))
     sums = x.new_empty((3, s.b, s.chunks, s.h), dtype=wide(x))
 
-    def launch(choice: Choice) -> None:
+    def launch(choice: Choice) -> tuple[Tensor, ...]:
         kernels().gradients_kernel[(s.chunks, s.g * parts, s.b)](
             gy, x, B, C, D, steps.planes, steps.document, before, after, gx, gB, gC, rows, inner,
             s.t, s.h, s.p, s.n, s.heads, share, steps.plane,
@@ -453,6 +455,7 @@ def backward(
             **types | choice.options | {"HAS_D": D is not None, "HAS_RESET": steps.has_reset}
             | s.tiles(s.BN, s.BP),
         )  # fmt: skip
+        return gx, gB, gC, rows, inner
 
     best(
         "ssd_gradients" + _kind(types, s, "_exact", "_deep"),

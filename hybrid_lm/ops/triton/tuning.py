@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -85,17 +85,21 @@ CANDIDATES: dict[str, tuple[Choice, ...]] = {
 }
 
 
+Launch = Callable[[Choice], Sequence[Tensor]]
+"""Runs a kernel one way, to the same result as often as it runs; returns all that it writes, without gaps."""
+# Numbers of each result that are compared, and how far they may be apart, of the largest: some last places of
+# bfloat16. What a compiler gets wrong is as large as the result.
+COMPARED, APART = 2**22, 8 * torch.finfo(torch.bfloat16).eps
+
+
 def interpreted() -> bool:
     """Whether triton runs its kernels in Python, on the CPU: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def best(kernel: str, launch: Callable[[Choice], None], tensor: Tensor, shape: tuple[object, ...]) -> None:
-    """Runs a kernel the fastest way.
-
-    `launch` runs it one way, and must come to the same result as often as it runs. `tensor` says which
-    device; `shape` is all that another choice might depend on.
-    """
+def best(kernel: str, launch: Launch, tensor: Tensor, shape: tuple[object, ...]) -> None:
+    """Runs a kernel the fastest way. `tensor` says which device; `shape` is all that another choice might
+    depend on."""
     candidates = CANDIDATES[kernel]
     with on_device_of(tensor):
         number = _chosen(kernel, candidates, launch, tensor, shape)
@@ -105,13 +109,14 @@ def best(kernel: str, launch: Callable[[Choice], None], tensor: Tensor, shape: t
             launch(candidates[number])
 
 
-def _first_that_fits(candidates: tuple[Choice, ...], launch: Callable[[Choice], None]) -> None:
+def _first_that_fits(candidates: tuple[Choice, ...], launch: Launch) -> None:
     """Runs the first candidate that the device has room for."""
     from triton.runtime.errors import OutOfResources
 
     for choice in candidates[:-1]:
         with suppress(OutOfResources):
-            return launch(choice)
+            launch(choice)
+            return
     launch(candidates[-1])
 
 
@@ -123,7 +128,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def _chosen(
     kernel: str,
     candidates: tuple[Choice, ...],
-    launch: Callable[[Choice], None],
+    launch: Launch,
     tensor: Tensor,
     shape: tuple[object, ...],
 ) -> int | None:
@@ -141,20 +146,33 @@ def _chosen(
     return table[key]
 
 
-def _measure(candidates: tuple[Choice, ...], launch: Callable[[Choice], None]) -> int:
-    """The number of the fastest candidate. One that the device has no room for is out."""
+def _measure(candidates: tuple[Choice, ...], launch: Launch) -> int:
+    """The number of the fastest candidate. Out is one that the device has no room for, and one that comes to
+    another result than the first that it has: only that one has been tried before."""
     from triton.runtime.errors import OutOfResources
 
-    times = []
+    times: list[float] = []
+    expected: list[Tensor] | None = None
     for choice in candidates:
         try:
-            times.append(_milliseconds(lambda choice=choice: launch(choice)))
+            took = _milliseconds(lambda choice=choice: launch(choice))
+            # what another one has left there would be taken for its own
+            for v in launch(choice):
+                v.fill_(torch.nan)
+            found = [v.flatten()[:COMPARED].to(torch.float32, copy=True) for v in launch(choice)]
         except OutOfResources:
             times.append(float("inf"))
+            continue
+        expected = found if expected is None else expected
+        times.append(took if all(map(_near, found, expected)) else float("inf"))
     return times.index(min(times))
 
 
-def _milliseconds(run: Callable[[], None]) -> float:
+def _near(a: Tensor, b: Tensor) -> bool:
+    return not a.numel() or bool((a - b).abs().max() <= APART * b.abs().max())
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
     """The shortest of five runs, after two that compile and warm up."""
     times = []
     for _ in range(7):
