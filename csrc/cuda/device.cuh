@@ -278,6 +278,15 @@ HYBRID_LM_DEVICE char* shared_memory() {
   return memory;
 }
 
+// Bytes of shared memory that a block can have on the current device.
+inline size_t shared_room() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 0;
+  return size_t(bytes);
+}
+
 // Starts a kernel and says what went wrong, or null.
 template <class... P, class... Args>
 inline const char* launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, void* stream,

@@ -36,7 +36,7 @@ struct dim3 {
 namespace emulation {
 
 constexpr unsigned WARP = 32;
-constexpr size_t STACK = 256 * 1024, GUARD = 1024;
+constexpr size_t STACK = 256 * 1024, GUARD = 1024, ROOM = 227 * 1024;
 
 // Where a thread waits: in nothing, at a barrier of its block, or among the lanes of a mask.
 enum class Wait : int8_t { NONE, BLOCK, WARP, DONE };
@@ -175,7 +175,7 @@ inline void run(dim3 grid, int threads, size_t shared_bytes, const F& body) {
   const std::function<void()> kernel = body;
   if (threads < 1 || threads > 1024 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     fail("a grid or a block of these sizes cannot be launched");
-  if (shared_bytes > 227 * 1024) fail("more shared memory than a block can have");
+  if (shared_bytes > ROOM) fail("more shared memory than a block can have");
   state.kernel = &kernel, state.problem = nullptr;
   state.threads = unsigned(threads), state.grid = grid, state.shared_bytes = shared_bytes;
   state.shared.assign(shared_bytes + GUARD, 0xff);
@@ -247,6 +247,8 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned by) {
 
 // The block's shared memory, as many bytes as it was launched with.
 inline char* shared_memory() { return reinterpret_cast<char*>(emulation::state.shared.data()); }
+
+inline size_t shared_room() { return emulation::ROOM; }
 
 // Runs a kernel and says what went wrong, or null.
 template <class... P, class... Args>

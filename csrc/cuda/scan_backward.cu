@@ -698,20 +698,25 @@ inline Sum sum_of(const View& to, const float* parts, int64_t count, int64_t a, 
 }
 
 // As many lanes as hold the states, few for each, whose traces are in registers too; and as many channels for a lane as
-// leave enough lanes to fill a device. Many states are rare: they have kernels for float32 alone (bind_scan.cpp gives
-// them that), which are a third of what there would be to compile.
+// leave enough lanes to fill a device. Two shapes want 192 and 107 KB of shared memory, of which a block of sm_80 can
+// have 163 and one of sm_86 or sm_89 99: what the others want. Many states are rare: they have kernels for float32 alone
+// (bind_scan.cpp gives them that), which are a third of what there would be to compile.
 template <class F>
 auto with_shape(const ScanGradArgs& a, const F& f) {
   if (a.states <= SCAN_TYPED) {
     return with_type(a.x.type, [&](auto type) {
-      if (a.batch * a.width < SCAN_ENOUGH / 2) return f(type, Shape<8, 2, 1, 256, 8, 2>());
-      if (a.batch * a.width < SCAN_ENOUGH) return f(type, Shape<4, 4, 2, 128, 4, 3>());
-      return f(type, Shape<4, 4, 4, 256, 4, 1>());
+      using Few = Shape<8, 2, 1, 256, 8, 2>;
+      using Many = Shape<4, 4, 4, 256, 4, 1>;
+      const int64_t channels = a.batch * a.width;
+      const size_t room = shared_room();
+      if (channels < SCAN_ENOUGH / 2 && sizeof(Shared<Few>) <= room) return f(type, Few());
+      if (channels >= SCAN_ENOUGH && sizeof(Shared<Many>) <= room) return f(type, Many());
+      return f(type, Shape<4, 4, 2, 128, 4, 3>());
     });
   }
   if (a.states <= 64) return f(Float(), Shape<16, 4, 2, 128, 4, 2>());
-  if (a.states <= 128) return f(Float(), Shape<32, 4, 1, 128, 4, 2>());
-  return f(Float(), Shape<32, 8, 1, 64, 4, 1>());
+  if (a.states <= 128) return f(Float(), Shape<32, 4, 1, 64, 4, 3>());
+  return f(Float(), Shape<32, 8, 1, 32, 4, 2>());
 }
 
 }  // namespace
