@@ -245,7 +245,12 @@ VERBS = {
         "compile the native kernels into the cache",
         "hybrid-lm build-native",
         [
-            option("target", nargs="?", default="cpu", help="cpu, or cuda; by default cpu"),
+            option(
+                "target",
+                nargs="?",
+                default="cpu",
+                help="cpu, cuda, or emulated: cuda's kernels on the CPU, for tests; by default cpu",
+            ),
             option(
                 "--arch", help="cpu: instruction sets, as in baseline,avx2; by default all. cuda: as in sm_90"
             ),

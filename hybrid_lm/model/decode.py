@@ -235,6 +235,12 @@ class Decoder:
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> Tensor:
         """Logits (b v) for the token after `tokens` (b,); `state` is updated, as by a call of the model."""
+        rows = state.position.shape
+        if tokens.shape != rows or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens: one whole number for each of {rows[0]} sequences, not {tuple(tokens.shape)} "
+                f"{str(tokens.dtype).removeprefix('torch.')}"
+            )
         self.model.check_length(state.position, state.seen + 1)
         self.why_not = self.reason(state)
         if self.why_not is not None:

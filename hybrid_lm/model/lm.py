@@ -112,6 +112,11 @@ class HybridLM(Module):
         """
         rows = embeds if tokens is None else tokens
         assert rows is not None
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ValueError(
+                f"a state of {len(state.layers)} layers, of another model: this one has {len(self.layers)}; "
+                "`empty_state` makes one"
+            )
         ctx = self.context(rows, state, doc_ids, positions)
         ctx.auxiliary = auxiliary
         x = ctx.embeddings = self.embedded(tokens, ctx.positions, embeds)

@@ -149,7 +149,9 @@ def select(requested: str | Mapping[str, str] = "auto", device: str = "cpu") -> 
         if backend != "auto" and (reason := _why_not(op, backend, device)) is not None:
             problems.setdefault(f"backend {backend!r} cannot run on {device}: {reason}", []).append(op)
     if problems:
-        raise ValueError("; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in problems.items()))
+        said = "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in problems.items())
+        hint = ". For some ops alone, name them: {ssd: torch}" if isinstance(requested, str) else ""
+        raise ValueError(said + hint)
     return {op: _whole(op, wanted, device) if b == "auto" else b for op, b in wanted.items()}
 
 

@@ -40,6 +40,8 @@ def causal_conv1d(
     the last reset zeroed. Both in x's dtype, the sums in float32 (float64 for float64).
     """
     run = _causal_conv1d(backend, x)
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv1d: activation is {activation!r}; it is None or 'silu'")
     return run(x, weight, bias, activation=activation, initial=initial, reset=reset, donate=donate)
 
 

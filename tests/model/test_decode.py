@@ -308,3 +308,29 @@ def test_a_compiled_cuda_graph_is_close(name: str) -> None:
         # Sums of 64 float32 in another order, in each product of two layers.
         assert (found - logits).abs().max() <= 64 * 8 * torch.finfo(torch.float32).eps * logits.abs().max()
     assert decoder.why_not is None
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_is_no_token_is_refused(recorded: bool) -> None:
+    """Also where a recorded step would copy it into place, in every row or cut off."""
+    model = example("mamba")
+    model.eval()
+    decoder, state = Decoder(model, record=tape if recorded else None), begun(model, 3)
+    for tokens in (torch.zeros(3, dtype=torch.int64),) * 3:
+        decoder.step(tokens, state)
+    wrong = (
+        torch.tensor(1),
+        torch.tensor([1]),
+        torch.zeros(3, 1, dtype=torch.int64),
+        torch.tensor([2.9] * 3),
+    )
+    for tokens in (*wrong, torch.ones(3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="tokens: one whole number for each of 3 sequences"):
+            decoder.step(tokens, state)
+
+
+def test_the_state_of_another_model_is_refused() -> None:
+    model, deeper = example("mamba"), model_of("L L L", {"L": {"type": "mamba"}})
+    for one, other in ((model, deeper), (deeper, model)):
+        with pytest.raises(ValueError, match=r"a state of \d layers, of another model"):
+            one(torch.zeros(2, 1, dtype=torch.int64), state=other.empty_state(2))

@@ -8,6 +8,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from hybrid_lm.ops.triton import tuning
+
 _builder = interpreter.InterpreterBuilder
 _cast, _dot, _lang = _builder.cast_impl, _builder.create_dot, interpreter._patch_lang_tensor
 
@@ -47,3 +49,4 @@ def _patch_lang_tensor(tensor, scope):
 
 _builder.cast_impl, _builder.create_dot = _cast_impl, _create_dot
 interpreter._patch_lang_tensor = _patch_lang_tensor
+tuning.MENDED.append(__name__)

@@ -209,7 +209,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def calls(bare: pytest.MonkeyPatch) -> list[str]:
     """The stand-ins, on the CPU, and which of their kernels have run."""
     put(bare, COMPILED, PACKAGES)
-    bare.setattr(packages, "interpreted", lambda: True)
+    bare.setattr(packages, "testable", lambda: True)
     return importlib.import_module("stand_in").calls
 
 
@@ -538,7 +538,7 @@ def test_bench_does_not_ask_them(calls: list[str], bare: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("op", "backend"), sorted(OPS))
 def test_where_they_do_not_run_they_say_why(op: str, backend: str, bare: pytest.MonkeyPatch) -> None:
-    bare.setattr(packages, "interpreted", lambda: False)
+    bare.setattr(packages, "testable", lambda: False)
     assert said(op, backend, "cpu") == f"{backend} runs on NVIDIA GPUs, not on cpu"
     assert said(op, backend, "mps") == f"{backend} runs on NVIDIA GPUs, not on mps"
     put(bare, COMPILED, PACKAGES)

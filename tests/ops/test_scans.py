@@ -131,3 +131,8 @@ def test_backward_leaves_the_given_gradient_as_it_is(batch: int, backend: str) -
     before = gy.clone()
     torch.autograd.grad(y, h, gy)
     assert torch.equal(gy, before)
+
+
+def test_an_activation_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation is 'gelu'; it is None or 'silu'"):
+        ops.causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), activation="gelu")  # type: ignore[arg-type]

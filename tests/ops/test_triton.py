@@ -27,12 +27,11 @@ from tests.ops.cases import Case, Inputs, cast, error, leaves_of, outputs, randn
 
 INTERPRETED = tuning.interpreted()
 DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    import tests.ops.interpreter  # noqa: F401
 REASON = triton_ssd.why_not(DEVICE)
 kernel = pytest.mark.skipif(REASON is not None, reason=f"in the interpreter, by another test: {REASON}")
 HERE = Path(__file__)
-
-if INTERPRETED:
-    import tests.ops.interpreter  # noqa: F401
 
 
 @pytest.mark.skipif(INTERPRETED or REASON is None, reason="the kernels run here")
@@ -432,6 +431,13 @@ def test_where_it_does_not_run_it_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     triton_ssd._gpu.cache_clear()
     assert triton_ssd.why_not("cuda") == "triton is not installed: pip install triton"
     triton_ssd._gpu.cache_clear()
+    # the interpreter as it comes is wrong in three ways
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tuning, "MENDED", [])
+    assert (
+        triton_ssd.why_not("cpu")
+        == "Triton's interpreter is for tests, which mend it; unset TRITON_INTERPRET"
+    )
 
 
 def test_auto_takes_it_on_a_gpu_once_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_lm.ops.triton.tuning import interpreted
+from hybrid_lm.ops.triton.tuning import testable
 
 INSTALL = 'pip install "hybrid_lm[cuda]"'
 
@@ -46,7 +46,7 @@ class Needs(NamedTuple):
     def why_not(self, device: str) -> str | None:
         """None where the backend runs, else the reason in words."""
         # triton's interpreter takes tensors of the CPU
-        if device != "cuda" and not (device == "cpu" and interpreted()):
+        if device != "cuda" and not (device == "cpu" and testable()):
             return f"{self.package.name} runs on NVIDIA GPUs, not on {device}"
         return _missing(self) or (no_gpu() if device == "cuda" else None) or _broken(self)
 

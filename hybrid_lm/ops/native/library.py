@@ -106,7 +106,9 @@ def load(target: str, variable: str) -> Library:
     # OSError: the loader's word on a library, or the disk's on the cache; RuntimeError: torch's word on what
     # a library registers.
     except (OSError, RuntimeError) as error:
-        why = f"cannot be loaded: {str(error).splitlines()[0]}"
+        # torch names the file, and the loader beneath it what is wrong.
+        said = [str(e).splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e)]
+        why = f"cannot be loaded: {': '.join(said)}"
         return Library(
             None, f"{variable}={wish} {why}" if wish else f"{why}; {build_by(target)} with --force"
         )

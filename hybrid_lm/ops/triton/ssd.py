@@ -25,7 +25,7 @@ from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.causal_conv1d import causal_conv1d
 from hybrid_lm.ops.native.operators import may_take, tracked
 from hybrid_lm.ops.precision import wide
-from hybrid_lm.ops.triton.tuning import Choice, best, interpreted, on_device_of
+from hybrid_lm.ops.triton.tuning import Choice, best, interpreted, on_device_of, testable
 
 # Widths of a state that one program takes; wider ones are cut before. Half the channels where the state of
 # each is wide.
@@ -42,7 +42,9 @@ ENOUGH = 264
 
 def why_not(device: str) -> str | None:
     """None where the kernels run, else the reason in words."""
-    if device == "cpu" and interpreted():
+    if device == "cpu" and interpreted() and not testable():
+        return "Triton's interpreter is for tests, which mend it; unset TRITON_INTERPRET"
+    if device == "cpu" and testable():
         return None
     if device != "cuda":
         return f"Triton kernels run on NVIDIA GPUs, not on {device}"
