@@ -216,3 +216,15 @@ def test_there_may_be_no_sequences(generator: torch.Generator) -> None:
         assert [v.shape for v in results] == shapes
         # what is summed over no sequence is 0
         assert not any(v.any() for v in results)
+
+
+@pytest.mark.parametrize(
+    "case", [scan(5, d=4, n=4), ssd(5, 16, h=2, p=4, n=4), conv(5, d=4)], ids=["scan", "ssd", "conv"]
+)
+def test_tensors_on_several_devices_are_refused(case: Case, generator: torch.Generator) -> None:
+    """An operator would run where one of them is, and read the others as its own."""
+    inputs = cast(case.make(generator), torch.float32)
+    for name, v in inputs.items():
+        if isinstance(v, Tensor) and name != "x":
+            with pytest.raises(ValueError, match="tensors on cpu and meta; bring them to one device"):
+                case.op(**inputs | {name: v.to("meta")}, backend="native")

@@ -10,7 +10,13 @@ from torch import Tensor
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.causal_conv1d import causal_conv1d
 from hybrid_lm.ops.native.library import why_not
-from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, refuse_second_gradients
+from hybrid_lm.ops.native.operators import (
+    NAMESPACE,
+    declare,
+    may_take,
+    on_one_device,
+    refuse_second_gradients,
+)
 
 # Devices whose kernels compute in float32 alone and have registers for so many taps (CONV_TAPS of
 # csrc/cuda/conv.h); the rest is left to PyTorch.
@@ -42,6 +48,7 @@ def causal_conv1d_native(
         rest: dict[str, Any] = {"activation": activation, "initial": initial, "reset": reset}
         return causal_conv1d(x, weight, bias, **rest, backend="torch")
     silu = activation == "silu"
+    on_one_device("causal_conv1d", x, weight, bias, initial, reset)
     if donate and may_take(initial, x.dtype, x, weight, bias):
         return operators.causal_conv1d_(x, weight, bias, silu, initial, reset), initial
     # The kernel would read a wider state at its own precision; the op's is that of x.

@@ -20,6 +20,16 @@ def may_take(initial: Tensor | None, dtype: torch.dtype, *inputs: Tensor | None)
     return fits and not tracked(initial, *inputs)
 
 
+def on_one_device(op: str, *tensors: Tensor | None) -> None:
+    """ValueError for tensors on several devices: an operator runs where one of them is, and a kernel would
+    read the others' memory as if it were its own."""
+    found = {v.device for v in tensors if v is not None}
+    if len(found) > 1:
+        raise ValueError(
+            f"{op}: tensors on {' and '.join(sorted(map(str, found)))}; bring them to one device"
+        )
+
+
 def declare(name: str, schema: str) -> None:
     """Enters an operator: `schema` is its arguments and results in the schema language of PyTorch."""
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.native.library import why_not
-from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, refuse_second_gradients, tracked
+from hybrid_lm.ops.native.operators import (
+    NAMESPACE,
+    declare,
+    may_take,
+    on_one_device,
+    refuse_second_gradients,
+    tracked,
+)
 from hybrid_lm.ops.precision import wide
 from hybrid_lm.ops.selective_scan_torch import selective_scan_torch
 
@@ -55,6 +62,7 @@ def selective_scan_native(
         rest = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "initial": initial, "reset": reset}
         return selective_scan_torch(x, dt, A, B, C, D=D, z=z, **rest)
     tensors = (x, dt, A, B, C, D, z, dt_bias)
+    on_one_device("selective_scan", *tensors, initial, reset)
     if donate and may_take(initial, wide(x), *tensors):
         return operators.selective_scan_(*tensors, dt_softplus, initial, reset), initial
     keep = tracked(initial, *tensors)

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.native.library import why_not_on_cpu
-from hybrid_lm.ops.native.operators import NAMESPACE, declare, may_take, refuse_second_gradients, tracked
+from hybrid_lm.ops.native.operators import (
+    NAMESPACE,
+    declare,
+    may_take,
+    on_one_device,
+    refuse_second_gradients,
+    tracked,
+)
 from hybrid_lm.ops.precision import wide
 
 # Tokens that the kernel works on at once, and between two kept states: SSD_CHUNK of csrc/cpu/kernels.h.
@@ -46,6 +53,7 @@ def ssd_native(
     donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     tensors = (x, dt, A, B, C, D, dt_bias)
+    on_one_device("ssd", *tensors, initial, reset)
     if donate and may_take(initial, wide(x), *tensors):
         return operators.ssd_(*tensors, dt_softplus, *dt_limit, initial, reset), initial
     keep = tracked(initial, *tensors)

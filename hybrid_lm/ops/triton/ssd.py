@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hybrid_lm.ops.backend import register
 from hybrid_lm.ops.causal_conv1d import causal_conv1d
-from hybrid_lm.ops.native.operators import may_take, tracked
+from hybrid_lm.ops.native.operators import may_take, on_one_device, tracked
 from hybrid_lm.ops.precision import wide
 from hybrid_lm.ops.triton.tuning import Choice, best, interpreted, on_device_of, testable
 
@@ -81,6 +81,7 @@ def ssd_triton(
 ) -> tuple[Tensor, Tensor]:
     p, n = x.shape[3], B.shape[3]
     tensors = (x, dt, A, B, C, D, dt_bias)
+    on_one_device("ssd", *tensors, initial, reset)
     if x.shape[1] == 1 and not tracked(initial, *tensors):
         if donate and may_take(initial, wide(x), *tensors):
             state = initial
