@@ -18,15 +18,14 @@ namespace {
 
 // BLOCKS: how many shall run on a processor at the same time, which limits the registers of each.
 template <int LANES_, int STATES_, int PER_, int THREADS_, int GROUP_, int BLOCKS_>
-struct Shape {
-  static constexpr int LANES = LANES_, STATES = STATES_, PER = PER_, THREADS = THREADS_, GROUP = GROUP_;
-  static constexpr int BLOCKS = BLOCKS_;
-  static constexpr int WIDTH = LANES * STATES;            // states that a channel has room for
-  static constexpr int CHANNELS = THREADS / LANES * PER;  // of a block
+struct Shape : ScanLanes<LANES_, STATES_, THREADS_, GROUP_> {
+  using Lanes = ScanLanes<LANES_, STATES_, THREADS_, GROUP_>;
+  using Lanes::GROUP, Lanes::LANES, Lanes::THREADS;
+  static constexpr int PER = PER_, BLOCKS = BLOCKS_;
+  static constexpr int CHANNELS = Lanes::SETS * PER;      // of a block
   static constexpr int NEAR = 32 / LANES;                 // sets of lanes in a warp
   static constexpr int WARPS = THREADS / 32;
   static constexpr int GROUPS = int(SCAN_CHUNK) / GROUP;  // of a stretch
-  static constexpr int VEC = STATES < 4 ? STATES : 4;
   // A group's tokens and a set's channels are owned by these lanes, OWN by each; neighbours have neighbouring channels.
   static constexpr int OWNERS = GROUP * PER < LANES ? GROUP * PER : LANES;
   static constexpr int OWN = GROUP * PER / OWNERS;
@@ -35,9 +34,6 @@ struct Shape {
   // Two numbers for each of one or two channels: what one access takes.
   static constexpr int PIECE = PER > 1 ? 4 : 2, PAIRS = 2 * PER / PIECE;
   static_assert(PER <= OWNERS && OWNERS * OWN == GROUP * PER && BATCH * OWN == GROUP && GROUPS * GROUP == SCAN_CHUNK);
-
-  // As in scan.cuh: what neighbouring lanes read lies side by side.
-  static HYBRID_LM_DEVICE int state(int k, unsigned lane) { return (k / VEC * LANES + int(lane)) * VEC + k % VEC; }
 };
 
 // What a lane has to say, so laid out that lanes write and read it side by side: the rows are shifted against each
@@ -697,6 +693,13 @@ inline Sum sum_of(const View& to, const float* parts, int64_t count, int64_t a, 
   return s;
 }
 
+// Channels that fill a large device: 132 processors with about 250 threads each. Tests have fewer, and want all shapes.
+#if defined(HYBRID_LM_EMULATE)
+constexpr int64_t ENOUGH = 48;
+#else
+constexpr int64_t ENOUGH = 32768;
+#endif
+
 // As many lanes as hold the states, few for each, whose traces are in registers too; and as many channels for a lane as
 // leave enough lanes to fill a device. Two shapes want 192 and 107 KB of shared memory, of which a block of sm_80 can
 // have 163 and one of sm_86 or sm_89 99: what the others want. Many states are rare: they have kernels for float32 alone
@@ -709,8 +712,8 @@ auto with_shape(const ScanGradArgs& a, const F& f) {
       using Many = Shape<4, 4, 4, 256, 4, 1>;
       const int64_t channels = a.batch * a.width;
       const size_t room = shared_room();
-      if (channels < SCAN_ENOUGH / 2 && sizeof(Shared<Few>) <= room) return f(type, Few());
-      if (channels >= SCAN_ENOUGH && sizeof(Shared<Many>) <= room) return f(type, Many());
+      if (channels < ENOUGH / 2 && sizeof(Shared<Few>) <= room) return f(type, Few());
+      if (channels >= ENOUGH && sizeof(Shared<Many>) <= room) return f(type, Many());
       return f(type, Shape<4, 4, 2, 128, 4, 3>());
     });
   }

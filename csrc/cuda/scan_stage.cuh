@@ -12,7 +12,7 @@ template <int LANES_, int STATES_, int PER_, int STEPS_, int GROUP_, int AHEAD_>
 struct ScanShape : ScanLanes<LANES_, STATES_, WALKERS, GROUP_> {
   using Lanes = ScanLanes<LANES_, STATES_, WALKERS, GROUP_>;
   static constexpr int PER = PER_, STEPS = STEPS_, AHEAD = AHEAD_;
-  static constexpr int CHANNELS = Lanes::CHANNELS * PER;
+  static constexpr int CHANNELS = Lanes::SETS * PER;
   static constexpr int NUMBERS = WALKERS * PER * Lanes::STATES;  // states, those that are too many included
   // A carrier has two channels, of every PHASES-th token.
   static constexpr int PHASES = WALKERS / (CHANNELS / 2), CARRIED = STEPS > PHASES ? STEPS / PHASES : 1;

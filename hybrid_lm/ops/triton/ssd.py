@@ -42,10 +42,9 @@ ENOUGH = 264
 
 def why_not(device: str) -> str | None:
     """None where the kernels run, else the reason in words."""
-    if device == "cpu" and interpreted() and not testable():
-        return "Triton's interpreter is for tests, which mend it; unset TRITON_INTERPRET"
-    if device == "cpu" and testable():
-        return None
+    if device == "cpu" and interpreted():
+        mended = "Triton's interpreter is for tests, which mend it; unset TRITON_INTERPRET"
+        return None if testable() else mended
     if device != "cuda":
         return f"Triton kernels run on NVIDIA GPUs, not on {device}"
     return _gpu()
